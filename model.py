@@ -34,12 +34,12 @@ import torch.nn.functional as F
 
 from scan import RESET_FORWARD, RESET_REVERSE, scan
 
-ARCHS = ('gated_ssm', 'hawk', 'transformer')
+ARCHS = ("gated_ssm", "hawk", "transformer")
 
 
 @dataclass
 class ModelConfig:
-    arch: str = 'gated_ssm'    # one of ARCHS
+    arch: str = "gated_ssm"    # one of ARCHS
     vocab_size: int = 336      # V: text and special tokens
     block_size: int = 512      # tokens in a row; the longest memory at initialisation, not a limit of an SSM
     n_layer: int = 4
@@ -53,14 +53,14 @@ class ModelConfig:
     def __post_init__(self):
         if self.arch not in ARCHS:
             raise ValueError(f'arch {self.arch!r} is unknown; choose one of {", ".join(ARCHS)}')
-        for name in ('vocab_size', 'block_size', 'n_layer', 'd_model', 'd_state', 'n_head'):
+        for name in ("vocab_size", "block_size", "n_layer", "d_model", "d_state", "n_head"):
             if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
-        if self.conv_width < 0 or (self.arch == 'hawk' and self.conv_width < 1):
-            raise ValueError(f'conv_width is {self.conv_width}; it must be at least 1 for hawk, else 0')
-        if self.arch == 'transformer' and self.d_model % (2 * self.n_head):
-            raise ValueError(f'd_model {self.d_model} does not divide into {self.n_head} heads of even '
-                             f'size; change n_head or d_model')
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.conv_width < 0 or (self.arch == "hawk" and self.conv_width < 1):
+            raise ValueError(f"conv_width is {self.conv_width}; it must be at least 1 for hawk, else 0")
+        if self.arch == "transformer" and self.d_model % (2 * self.n_head):
+            raise ValueError(f"d_model {self.d_model} does not divide into {self.n_head} heads of even "
+                             f"size; change n_head or d_model")
 
 
 class Layout:
@@ -74,7 +74,7 @@ class Layout:
         self.reset, self.last = reset, last
         B, T = reset.shape
         sample = (reset & RESET_FORWARD).int().cumsum(1)              # 0, 0: before the row's first start
-        if config.arch == 'transformer':
+        if config.arch == "transformer":
             steps = torch.arange(T, device=reset.device)
             self.position = steps.expand(B, T) if position is None else position[:, None]
             seen = steps[:, None] >= steps                            # (T, T), query and key
@@ -256,11 +256,11 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        mixer = {'gated_ssm': GatedSSM, 'hawk': Hawk, 'transformer': Attention}[config.arch]
+        mixer = {"gated_ssm": GatedSSM, "hawk": Hawk, "transformer": Attention}[config.arch]
         self.norm = RMSNorm(config.d_model)
         self.mixer = mixer(config, bidirectional=not config.causal and layer % 2 == 0)
         self.mlp = None
-        if config.arch != 'gated_ssm':
+        if config.arch != "gated_ssm":
             self.mlp_norm, self.mlp = RMSNorm(config.d_model), GatedMLP(config.d_model)
 
     def forward(self, x, layout, state=None):
@@ -284,8 +284,8 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.d_model)
         for name, p in self.named_parameters():          # our choice: variance-preserving maps
-            if p.ndim == 2 and 'conv' not in name:
-                depth = config.n_layer if 'W_out' in name else 1
+            if p.ndim == 2 and "conv" not in name:
+                depth = config.n_layer if "W_out" in name else 1
                 nn.init.normal_(p, std=(p.size(1) * depth) ** -0.5)
 
     def forward(self, tokens, reset, targets=None):
@@ -316,7 +316,7 @@ class LM(nn.Module):
         """Optimiser groups: no decay for W_f (section 3.4), RG-LRU (A.16.2), norms, biases, convolutions."""
         groups = {weight_decay: [], 0.0: []}
         for name, p in self.named_parameters():
-            free = p.ndim < 2 or any(key in name for key in ('W_f', 'W_a', 'W_x', 'conv'))
+            free = p.ndim < 2 or any(key in name for key in ("W_f", "W_a", "W_x", "conv"))
             groups[0.0 if free else weight_decay].append(p)
         return [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
 
@@ -330,7 +330,7 @@ class LM(nn.Module):
         SSMs carry a state of fixed size (section 3.1), so time and memory a token do not grow.
         """
         if not prompts or any(len(start) == 0 for _, start in prompts):
-            raise ValueError('generate needs at least one prompt, and GEN at the start of each causal part')
+            raise ValueError("generate needs at least one prompt, and GEN at the start of each causal part")
         device = self.embed.weight.device
         lengths = torch.tensor([len(prefix) + len(start) for prefix, start in prompts], device=device)
         tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)
@@ -388,18 +388,18 @@ def demo():
     for arch in ARCHS:
         model = LM(ModelConfig(arch=arch))
         logits, _ = model(torch.zeros_like(reset, dtype=torch.long), reset)
-        print(f'{arch:12s} {model.n_parameters():>9,} parameters; tokens {tuple(reset.shape)} -> '
-              f'logits {tuple(logits.shape)}')
-    print('\nWhich input (column) each output (row) sees: two packed samples, then padding.\n'
-          'p: a prefix token, c: a causal token (GEN and the label), .: padding\n')
-    names = 2 * (prefix * 'p' + label * 'c') + '..'
+        print(f"{arch:12s} {model.n_parameters():>9,} parameters; tokens {tuple(reset.shape)} -> "
+              f"logits {tuple(logits.shape)}")
+    print("\nWhich input (column) each output (row) sees: two packed samples, then padding.\n"
+          "p: a prefix token, c: a causal token (GEN and the label), .: padding\n")
+    names = 2 * (prefix * "p" + label * "c") + ".."
     grids = [sees(LM(ModelConfig(n_layer=2, d_model=16, d_state=16, causal=causal)), reset)
              for causal in (False, True)]
     print(f'  {"gated_ssm":{len(names) + 6}s}gated_ssm --causal')
-    print('    ' + names + '      ' + names)
+    print("    " + names + "      " + names)
     for t, name in enumerate(names):
-        print(f'  {name} ' + f'    {name} '.join(''.join(' #'[int(s)] for s in grid[t]) for grid in grids))
+        print(f"  {name} " + f"    {name} ".join("".join(" #"[int(s)] for s in grid[t]) for grid in grids))
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     demo()
