@@ -69,11 +69,16 @@ def mixture(name: str, arms: Sequence) -> np.ndarray:
     return action
 
 
-def evaluation_steps(max_steps: int) -> list[int]:
+def evaluation_steps(max_steps: int, apart: int = 10) -> list[int]:
     """Training steps that begin with an evaluation: the paper's schedule for 32,000 steps (A.1), scaled,
-    between the first step and the end."""
+    between the first step and the end. Those of a short run stay `apart` steps apart (our choice)."""
     paper = [10, 50, 250, 500, 1000, 1500, *range(2000, 32000, 1000)]
-    return sorted({0, max_steps, *(round(step * max_steps / 32000) for step in paper)})
+    steps = [0]
+    for step in paper:
+        scaled = round(step * max_steps / 32000)
+        if steps[-1] + apart <= scaled <= max_steps - apart:
+            steps.append(scaled)
+    return steps + [max_steps]
 
 
 def main():

@@ -50,10 +50,12 @@ def test_an_unknown_mixture_names_the_known_ones():
 
 def test_evaluations_follow_the_papers_schedule_at_its_length_and_scale_with_shorter_runs():
     assert evaluation_steps(32000) == [0, 10, 50, 250, 500, 1000, 1500, *range(2000, 33000, 1000)]
-    assert evaluation_steps(3200)[:7] == [0, 1, 5, 25, 50, 100, 150]
+    assert evaluation_steps(3200)[:6] == [0, 25, 50, 100, 150, 200]
+    assert evaluation_steps(64) == [0, 10, 20, 30, 40, 50, 64]
     for max_steps in (1, 2, 7, 100, 2000):
         steps = evaluation_steps(max_steps)
         assert steps[0] == 0 and steps[-1] == max_steps and steps == sorted(set(steps))
+        assert min(np.diff(steps)) >= min(10, max_steps)
 
 
 def test_the_demonstration_runs(capsys):

@@ -1,0 +1,419 @@
+"""train.py -- the one loop: a scheduler says which objectives, workers make batches, the model learns.
+
+    repeat  evaluate every arm now and then   -> scheduler.update(step, losses), scheduler.action
+            batch(seed, rank, step, action)   -> loss -> AdamW (betas 0.9, 0.95), clipped, warm-up, cosine
+
+Run it:  python train.py                                a small model on this machine's Python library
+         python train.py --data=books/ --mixture=ntp    your own text, next token prediction only
+         python train.py --out_dir=out --resume         go on from the last checkpoint
+         python train.py --help                         every setting
+
+A run folder holds ckpt.pt, written whole or not at all before each evaluation, and log.jsonl, one JSON
+object a line: the configuration, then {"step", "loss", ...} for training and {"step", "eval": ...} for
+evaluations. A batch depends on nothing but (seed, rank, step, action), so a resumed run sees the batches
+that an uninterrupted one would, and on one CPU ends with the same weights, bit for bit.
+
+Departures from the paper, ours: sizes for one GPU or a laptop; the learning rate falls to a tenth.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import scan
+from model import LM, ModelConfig
+from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
+from scheduler import FixedMixture, evaluation_steps
+
+# Sizes of the default runs, by what the machine has. Every field is also a flag.
+PRESETS = {
+    "cpu": dict(n_layer=4, d_model=192, d_state=384, block_size=512, batch_size=16, max_steps=2000, lr=3e-3),
+    "gpu": dict(n_layer=12, d_model=512, d_state=1024, block_size=2048, batch_size=32, max_steps=8000, lr=1e-3),
+}
+
+
+@dataclass
+class Config:
+    out_dir: str = "out"           # run folder: checkpoint and log
+    data: str = ""                 # text file, folder, glob, .jsonl or nanoGPT folder; "": Python's own library
+    tokenizer: str = "bytes"       # "bytes", a tiktoken name, or a .tiktoken file
+    mixture: str = "fixed"         # which objectives: see scheduler.py
+    preset: str = ""               # sizes left at 0 come from here: cpu or gpu; "": by what the machine has
+    arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
+    causal: bool = False           # no block reads the prefix right to left
+    n_layer: int = 0
+    d_model: int = 0
+    d_state: int = 0               # channels of the recurrence
+    block_size: int = 0            # tokens in a row
+    batch_size: int = 0            # rows in a step
+    max_steps: int = 0
+    lr: float = 0.0                # the highest learning rate
+    warmup: float = 0.02           # share of the steps in which the learning rate rises
+    weight_decay: float = 0.1
+    clip: float = 1.0              # largest norm of the gradient
+    eval_rows: int = 2             # validation rows for each arm
+    seed: int = 1                  # of the weights and the batches
+    workers: int = 1               # processes that make batches
+    device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
+    dtype: str = ""                # float32 or bfloat16 matrix products; "": what is faster here
+    compile: str = ""              # yes or no; "": yes on a GPU
+    resume: bool = False           # go on from out_dir/ckpt.pt
+
+
+# ---- what the command line and the machine decide ---------------------------------------------------
+
+def parse_args(cls, argv):
+    """A flat dataclass as flags -> (instance, names of the fields that were given)."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    for field in fields(cls):
+        if field.type in (bool, "bool"):
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{field.name}", type=type(field.default), metavar=repr(field.default))
+    given = vars(parser.parse_args(argv))
+    return cls(**given), set(given)
+
+
+def matmul_seconds(dtype, n=512, repeats=5):
+    """The fastest of a few square matrix products."""
+    x, times = torch.randn(n, n, dtype=dtype), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def resolve(config):
+    """Fill in what was left open, and print each choice with its reason."""
+    if config.device:
+        reason = "asked for"
+    else:
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = "found one" if config.device == "cuda" else "torch finds no CUDA device"
+    try:
+        on_gpu = torch.device(config.device).type == "cuda"
+    except RuntimeError:
+        raise ValueError(f"device {config.device!r} is unknown; choose cpu, cuda or cuda:N")
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device!r} was asked for, but torch {torch.__version__} finds no CUDA "
+                         f"device; pass --device=cpu")
+    print(f"device   {config.device}: {reason}" + ("" if on_gpu else f", {torch.get_num_threads()} threads"))
+
+    reason = "asked for"
+    if not config.dtype and on_gpu:
+        config.dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        reason = "what this GPU multiplies fastest"
+    elif not config.dtype:
+        gain = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+        config.dtype = "bfloat16" if gain > 1.5 else "float32"
+        reason = f"bfloat16 matrix products run {gain:.1f} times as fast as float32 here"
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {config.dtype!r} is unknown; choose float32 or bfloat16")
+    print(f"dtype    {config.dtype}: {reason}")
+
+    reason = "asked for"
+    if not config.compile:
+        config.compile, reason = ("yes", "a GPU") if on_gpu else ("no", "a CPU run is over before it pays")
+    if config.compile not in ("yes", "no"):
+        raise ValueError(f"compile {config.compile!r} is neither yes nor no")
+    print(f"compile  {config.compile}: {reason}")
+    used = scan.backend(config.device)
+    print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
+
+    config.preset = config.preset or ("gpu" if on_gpu else "cpu")
+    if config.preset not in PRESETS:
+        raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    for name, value in PRESETS[config.preset].items():
+        setattr(config, name, getattr(config, name) or value)
+    if not config.lr > 0:
+        raise ValueError(f"lr is {config.lr}; it must be above 0")
+    for name in ("batch_size", "max_steps", "eval_rows"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    return config
+
+
+def model_config(config, tok):
+    names = {field.name for field in fields(ModelConfig)} & set(asdict(config))
+    return ModelConfig(vocab_size=tok.vocab_size, **{name: getattr(config, name) for name in names})
+
+
+# ---- validation: the same rows for every arm, every evaluation and every run -----------------------
+
+class Validation:
+    def __init__(self, batches, n_arms):
+        """batches: as in training, with batch_size rows for each arm."""
+        made = [batches.batch(0, 0, k, np.eye(n_arms)[k], "val") for k in range(n_arms)]
+        self.rows = {key: torch.from_numpy(np.concatenate([b[key] for b in made])) for key in made[0]}
+        self.n_arms = n_arms
+
+    @torch.no_grad()
+    def __call__(self, model, config):
+        """-> (loss in nats a label token, share of label tokens guessed right), each float64 (arms,)."""
+        sums = torch.zeros(3, self.n_arms, dtype=torch.float64)
+        model.eval()
+        for start in range(0, len(self.rows["tokens"]), config.batch_size):
+            rows = {key: value[start:start + config.batch_size].to(config.device) for key, value in self.rows.items()}
+            with autocast(config):
+                logits, _ = model(rows["tokens"], rows["reset"])
+            asked = rows["targets"] != -100
+            logits, targets, arm = logits[asked].float(), rows["targets"][asked], rows["arm"][asked].long()
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            for total, value in zip(sums, (loss, logits.argmax(-1) == targets, torch.ones_like(loss))):
+                total += torch.bincount(arm, value.double(), self.n_arms).cpu()
+        model.train()
+        return (sums[0] / sums[2]).numpy(), (sums[1] / sums[2]).numpy()
+
+
+def by_class(values, every_arm):
+    """(arms,) -> {class: mean over its arms}."""
+    return {cls: float(np.mean([v for v, arm in zip(values, every_arm) if arm.cls == cls]))
+            for cls in CLASSES if any(arm.cls == cls for arm in every_arm)}
+
+
+# ---- the run folder --------------------------------------------------------------------------------
+
+def save_checkpoint(path, checkpoint):
+    """Written beside, then renamed: at any moment `path` is a whole checkpoint."""
+    with open(path + ".part", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+
+
+def load_checkpoint(path):
+    """The saved dict, plain tensors, numbers and strings. Raises ValueError or FileNotFoundError."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir={os.path.dirname(path)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "model", "optimizer", "scheduler", "step", "tokenizer"} - set(checkpoint)
+    except Exception as error:  # a damaged file can make torch.load raise anything
+        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); "
+                         f"it is damaged or from another program: remove it, or choose another --out_dir")
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this program")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """-> (model, tokenizer, checkpoint) of a run, for whoever decodes or fine-tunes it."""
+    checkpoint = load_checkpoint(path)
+    tok = Tokenizer(**checkpoint["tokenizer"])
+    model = LM(model_config(Config(**checkpoint["config"]), tok)).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model, tok, checkpoint
+
+
+class Log:
+    """log.jsonl: one JSON object a line, each written whole."""
+
+    def __init__(self, path, resume_at=None):
+        """A resumed run writes the lines from its step on again, so the old ones are dropped."""
+        self.path, kept = path, []
+        if resume_at is not None and os.path.exists(path):
+            with open(path) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < resume_at]
+        with open(path + ".part", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".part", path)
+
+    def write(self, **entry):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+def autocast(config):
+    """Mixed precision: weights and residual in float32, matrix products in bfloat16."""
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16)
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then cosine decay to a tenth (section 4.1; the tenth is our choice)."""
+    warmup = max(1, round(config.warmup * config.max_steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class StopSignal:
+    """Ctrl-C (or SIGTERM) asks for a stop after the step in hand; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def resumed(config, given, saved):
+    """The saved configuration; a flag that contradicts it is an error, but for where and how to run."""
+    for name in sorted(given - {"resume", "out_dir", "device", "compile", "workers"}):
+        if getattr(config, name) != saved[name]:
+            raise ValueError(f"{name} is {saved[name]!r} in the checkpoint and {getattr(config, name)!r} on the "
+                             f"command line; drop --{name}, or start anew in another --out_dir")
+    changes = {name: getattr(config, name) for name in given} | {"resume": True, "out_dir": config.out_dir}
+    return Config(**{**saved, **changes})
+
+
+def report(step, losses, accuracy, every_arm):
+    """One line for an evaluation: every class's validation loss and accuracy, under its (shortened) name."""
+    losses, accuracy = by_class(losses, every_arm), by_class(accuracy, every_arm)
+    if step == 0:
+        tqdm.write(f"{'step':>7s}" + "".join(f"{cls.replace('autoencoding', 'autoenc').replace('deshuffling', 'desh')[:11]:>13s}"
+                                              for cls in losses))
+    tqdm.write(f"{step:7,}" + "".join(f"{loss:8.2f} {accuracy[cls]:4.0%}" for cls, loss in losses.items()))
+
+
+def train(config, given=()):
+    """The whole run. Returns the model and its tokenizer."""
+    path = os.path.join(config.out_dir, "ckpt.pt")
+    checkpoint = load_checkpoint(path) if config.resume else None
+    if checkpoint:
+        config = resumed(config, given, checkpoint["config"])
+    elif os.path.exists(path):
+        raise ValueError(f"{path} exists; go on from it with --resume, or choose another --out_dir")
+    config = resolve(config)
+    torch.manual_seed(config.seed)
+
+    tok = Tokenizer(config.tokenizer, n_masks=config.block_size // 8)
+    every_arm = arms(config.block_size)
+    scheduler = FixedMixture(config.mixture, every_arm)
+    model = LM(model_config(config, tok)).to(config.device)
+    corpus = Corpus(config.data, tok)
+    batches = Batches(corpus, tok, config.block_size, config.batch_size)
+    validation = Validation(Batches(corpus, tok, config.block_size, config.eval_rows), len(every_arm))
+    optimizer = torch.optim.AdamW(model.parameter_groups(config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
+                                  fused=True)
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+        log = Log(os.path.join(config.out_dir, "log.jsonl"), resume_at=checkpoint and checkpoint["step"])
+    except OSError as error:
+        raise ValueError(f"{config.out_dir} cannot be written ({error.strerror}); choose another --out_dir")
+    start = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        start = checkpoint["step"]
+    if not checkpoint:
+        log.write(step=-1, config=asdict(config), arms=[arm.name for arm in every_arm])
+    print(f"data     {corpus.size['train']:,} training and {corpus.size['val']:,} validation tokens; {len(every_arm)} arms")
+    print(f"model    {config.arch}{' --causal' * config.causal}, {model.n_parameters():,} parameters")
+    print(f"run      {config.max_steps:,} steps of {config.batch_size} x {config.block_size} tokens into {config.out_dir}/")
+
+    def save(step):
+        save_checkpoint(path, dict(
+            config=asdict(config), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), step=step,
+            model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
+
+    step_model = torch.compile(model) if config.compile == "yes" else model
+    stop = StopSignal()
+    loader = Loader(batches, config.seed, workers=config.workers)
+    stretches = evaluation_steps(config.max_steps)
+    bar = tqdm(total=config.max_steps, initial=start, unit="step", smoothing=0.05)
+    tick, seen = time.perf_counter(), 0
+    for begin, end in zip(stretches, stretches[1:] + [None]):
+        if end is not None and end <= start:
+            continue
+        begin = max(begin, start)
+        if begin in stretches:
+            save(begin)
+            losses, accuracy = validation(step_model, config)
+            scheduler.update(begin, losses)
+            log.write(step=begin, eval=dict(loss=losses.tolist(), accuracy=accuracy.tolist(),
+                                            action=scheduler.action.tolist()))
+            report(begin, losses, accuracy, every_arm)
+        if end is None:
+            break
+        for step, batch in enumerate(loader.steps(begin, end, scheduler.action), begin):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            rows = {key: value.to(config.device, non_blocking=True) for key, value in batch.items()}
+            with autocast(config):
+                _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += batch["tokens"].numel()
+            bar.update()
+            if (step + 1) % 10 == 0:
+                if not math.isfinite(loss.item()):
+                    raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr (it is {config.lr}), and "
+                                     f"go on from the last evaluation with --resume, or start anew")
+                speed, tick, seen = seen / (time.perf_counter() - tick), time.perf_counter(), 0
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
+                log.write(step=step, loss=loss.item(), norm=norm.item(), tokens_per_s=round(speed))
+            if stop.asked:
+                save(step + 1)
+                bar.close()
+                raise SystemExit(f"stopped after step {step + 1}; go on with: python train.py "
+                                 f"--out_dir={config.out_dir} --resume")
+    bar.close()
+    show_samples(model, tok, validation, every_arm, config)
+
+
+# ---- what the model has learnt, as text ------------------------------------------------------------
+
+def first_sample(row):
+    """The first sample of a row of Batches -> (prefix, label)."""
+    causal = int((row["targets"] != -100).nonzero()[0])
+    starts = (row["reset"] & scan.RESET_FORWARD).nonzero().flatten().tolist() + [len(row["reset"])]
+    return row["tokens"][:causal].tolist(), row["targets"][causal:starts[1]].tolist()
+
+
+def show_samples(model, tok, validation, every_arm, config, longest=160):
+    """A greedy answer to one validation sample of every class, from the arm with a label of about 64 tokens."""
+    chosen = {}
+    for k, arm in enumerate(every_arm):
+        row = {key: value[k * config.eval_rows] for key, value in validation.rows.items()}
+        prefix, label = first_sample(row)
+        if arm.cls not in chosen or abs(len(label) - 64) < abs(len(chosen[arm.cls][2]) - 64):
+            chosen[arm.cls] = arm.name, prefix, label
+    for name, prefix, label in chosen.values():
+        start = [tok.GEN]
+        if not prefix:  # next token prediction continues the first half of a text
+            half = len(label) // 2
+            start, label = start + label[:half], label[half:]
+        label = label[:longest]
+        answer, = model.generate([(prefix, start)], len(label), stop=tok.DONE)
+        right = np.mean([a == b for a, b in zip(answer + [None] * len(label), label)])
+        print(f"\n--- {name}: {right:.0%} of {len(label)} tokens right")
+        for title, ids in (("input", prefix or start), ("target", label), ("model", answer)):
+            text = tok.decode(ids)
+            text = text if len(text) <= 2 * longest else text[:longest] + " ... " + text[-longest:]
+            print(f"{title:>7s} | " + text.replace("\n", "\n        | "))
+
+
+def main(argv=None):
+    config, given = parse_args(Config, argv)
+    try:
+        train(config, given)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
