@@ -202,7 +202,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "model", "optimizer", "scheduler", "step", "tokenizer"} - set(checkpoint)
     except Exception as error:  # a damaged file can make torch.load raise anything
-        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:80]}); "
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this program")

@@ -165,8 +165,8 @@ def test_every_architecture_and_mixture_trains_and_shows_a_sample_of_each_class(
 BAD = [
     (dict(data="/no/such/file"), "--data"), (dict(data="empty.txt"), "--data"), (dict(data="short.txt"), "--data"),
     (dict(data="emptydir"), "--data"), (dict(data="binary.txt"), "UTF-8"), (dict(data="bad.jsonl"), "text"),
-    (dict(data="nanogpt"), "--tokenizer"), (dict(data="oddgpt"), "prepared"),
-    (dict(tokenizer="gpt3"), "--tokenizer"), (dict(tokenizer="bad.tiktoken"), "tiktoken"),
+    (dict(data="nanogpt"), "--tokenizer"), (dict(data="oddgpt"), "prepare"),
+    (dict(tokenizer="gpt3"), "gpt2"), (dict(tokenizer="bad.tiktoken"), "tiktoken"),
     (dict(mixture="birdy"), "choose one of"), (dict(arch="mamba"), "choose one of"), (dict(preset="tpu"), "choose one of"),
     (dict(device="gpux"), "choose cpu"), (dict(device="cuda"), "--device=cpu"), (dict(dtype="int8"), "choose float32"),
     (dict(compile="maybe"), "yes nor no"), (dict(block_size=16), "--block_size"), (dict(max_steps=-1), "at least 1"),
