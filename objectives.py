@@ -305,9 +305,9 @@ class Arm:
 
     @property
     def room(self) -> int:
-        """Tokens that make_sample takes beyond n: what the spans of selective copying may add to the query
-        and the label beyond their least, with longest delimiters and average spans. 0 for other classes."""
-        return self.n_spans and self.n_spans * (GROWN + DELIMITER - 2 + (self.longest_span - SPAN[0]) // 2)
+        """Tokens that make_sample takes beyond n: by how much usual delimiters and spans of selective
+        copying exceed the shortest. 0 for other classes."""
+        return self.n_spans and self.n_spans * (11 + (self.longest_span - SPAN[0]) // 2)
 
 
 def n_masked(arm: Arm, n: int) -> tuple[int, int]:
@@ -445,21 +445,16 @@ def _delimiter(text: np.ndarray, end: int, least: int, most: int) -> int:
 def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
     """Spans to be found by the delimiters before and after them (section 3.2, A.5).
 
-    The longer these come out, the less of the text is left for the context: so the size of a sample is
-    known before its delimiters are. Spans and delimiters lie in a stretch that is in the context in any
-    case, and a delimiter that occurs once in the text occurs once in the context.
+    The longer these come out, the less of the text becomes context: so the size of a sample is known
+    before its delimiters are. They and the spans lie in a stretch that is in the context in any case; a
+    delimiter that occurs once in the text occurs once in the context.
     """
-    k = arm.n_spans
-    longest = k * (GROWN + DELIMITER - 2)                            # both delimiters, beyond the least
-    once = _ends_once(text, GROWN)
+    k, once = arm.n_spans, _ends_once(text, GROWN)
+    stretch = max(arm.shortest, len(text) - arm.room - 8 * k)
     for _ in range(64):
-        more = rng.integers(arm.longest_span - SPAN[0] + 1, size=k)  # span tokens beyond the least
-        over = int(more.sum()) - (len(text) - arm.shortest - longest)
-        if over > 0:
-            more -= -(-over * more // more.sum())
-        spans, stretch = SPAN[0] + more, min(arm.longest, len(text) - longest - int(more.sum()))
+        spans = rng.integers(SPAN[0], arm.longest_span + 1, k)
         first = int(rng.integers(len(text) - stretch + 1))
-        slack = stretch - int(spans.sum()) - k - 1                   # a token at least around each span
+        slack = stretch - int(spans.sum()) - k - 1  # a token at least around each span
         starts = first + np.sort(rng.integers(slack + 1, size=k)) + np.arange(1, k + 1) + np.cumsum(spans) - spans
         if not once[starts].all():
             continue
@@ -469,11 +464,11 @@ def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
             back = text[start:min(end + DELIMITER, first + stretch)][::-1]  # an answer ends where the end
             size = len(back) - (end - start)                                # delimiter first appears
             after[i] = _delimiter(back, size, after[i], size)
-        if before.all() and after.all():
+        n = min(arm.longest, len(text) - int((before + after + spans - 2 - SPAN[0]).sum()))
+        if before.all() and after.all() and n >= stretch:
             break
     else:
         raise NotUnique(f'{arm.name} finds no span with a unique place in the text')
-    n = min(arm.longest, len(text) - int((before + after - 2 + more).sum()))
     start = rng.integers(max(0, first + stretch - n), min(first, len(text) - n) + 1)
     context, query, label = [[tok.CONTEXT], text[start:start + n]], [[tok.COPY]], []
     for i in rng.permutation(k):
