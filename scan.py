@@ -1,25 +1,43 @@
 """The linear recurrence at the heart of every state space model here, forward and backward.
 
-    h[t] = a[t] * h[t-1] + x[t]                     elementwise, for every sample and channel
-    dx[t] = g[t] + a[t+1] * dx[t+1]                 gradients (g = dL/dh): a scan the other way,
-    da[t] = dx[t] * h[t-1]                          and one product
+    h[t] = a[t] * h[t-1] + x[t]                 elementwise, for every sample and channel
+    dx[t] = g[t] + a[t+1] * dx[t+1]             gradients (g = dL/dh): a scan the other way,
+    da[t] = dx[t] * h[t-1]                      and one product
 
 Symbols (Birdie, arXiv 2411.01030, sections 2.1, 3.1 and 3.4):
-    a        gates, (B, T, D)             x  inputs, (B, T, D)            h  states, (B, T, D)
-    B, T, D  batch, length, channels      h0  (B, D), the state before the first step
+    a        gates, (B, T, D)         x  inputs, (B, T, D)        h  states, (B, T, D)
+    B, T, D  batch, length, channels  h0 (B, D), the state before the first step
     reset    uint8 (B, T): where its bit is set, a channel's gate counts as 0, so nothing passes
-             RESET_FORWARD   for left-to-right channels: the first token of each sample
-             RESET_REVERSE   for right-to-left channels: causal tokens, sample ends, padding
+             RESET_FORWARD  left-to-right channels: the first token of each sample
+             RESET_REVERSE  right-to-left channels: causal tokens, sample ends, padding
     n_reverse  the last n_reverse channels run right to left (bidirectional layers: D // 2)
 
-Run it:  python scan.py          every backend against the loop, then a timing table
+One kernel, compiled for the graphics card and for the processor, and a fallback in PyTorch. A lane
+(a CUDA thread; on the processor, a row of channels in one thread) walks in order through time:
+
+    many lanes (B * D is large)          few: time is cut into chunks, a lane for each
+    time ------------------------>       1  every chunk from 0: its end e, the product p of its gates
+    lane 0  h h h h h h h h h h h        2  from chunk to chunk: state = e + p * state
+    lane 1  h h h h h h h h h h h        3  every chunk again, from its right state
+    ...     each reads far ahead            |--e,p--> |--e,p--> |--e,p-->   the same sums in any run
+
+Run it:  python scan.py        every backend against the loop, then a timing table
+         SCAN_BACKEND=torch    (or cpp, cuda) chooses a backend for anything that scans
 
 Departures from the paper: it writes the mask as the numbers 1 and 2; here they are bits, because a
-sample with an empty prefix needs both on one token. The paper cuts a right-to-left channel only at
-causal tokens; here the caller may cut it anywhere, and cuts it at sample ends too.
+sample with an empty prefix needs both on one token. A right-to-left channel may be cut anywhere.
 """
+import ctypes
+import functools
+import hashlib
 import math
+import os
+import pathlib
+import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -27,7 +45,7 @@ import torch
 
 RESET_FORWARD = 1
 RESET_REVERSE = 2
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)        # in the kernel's numbering
 
 
 # ---- the plain reference: one step at a time, differentiable, slow -------------------------------
@@ -47,12 +65,12 @@ def scan_loop(a, x, reset=None, n_reverse=0, h0=None):
         h = x.new_zeros(B, channels.stop - channels.start)
         if h0 is not None and not reverse:
             h = h0[:, channels]
-        steps = [None] * T
+        gate, into, steps = a[..., channels].unbind(1), x[..., channels].unbind(1), [None] * T
         for t in reversed(range(T)) if reverse else range(T):
-            carried = a[:, t, channels] * h
+            carried = gate[t] * h
             if reset is not None:
                 carried = carried.masked_fill((reset[:, t] & bit).bool()[:, None], 0)
-            h = steps[t] = carried + x[:, t, channels]
+            h = steps[t] = carried + into[t]
         out.append(torch.stack(steps, dim=1))
     return torch.cat(out, dim=-1)
 
@@ -135,45 +153,401 @@ def torch_backward(a, h, g, reset, n_reverse, h0, da, dx, dh0):
             t.copy_(out)
 
 
-# ---- the operator, its gradient, and the public function ------------------------------------------
+# ---- the kernel: one source for nvcc and the C++ compiler -----------------------------------------
+# No torch header, so it compiles in seconds. The card's lanes are threads of V channels, 16 bytes
+# where the layout allows; a warp is a block. What a lane reads in DEPTH steps is on its way into its
+# own part of shared memory, so no lane waits for another. The host's lanes are long rows of channels,
+# which the compiler turns into vector instructions.
+
+KERNEL = r"""
+#include <string.h>
+typedef long long i64;
+struct Job {                        // field for field what Python passes
+    const void *a, *x, *h;          // in backward x is g = dL/dh
+    const unsigned char* reset;
+    const float* h0;
+    void *out, *da;                 // out is h, in backward dx
+    float *dh0, *e, *p;             // e, p (B, chunks, D): where a chunk ends, the product of its gates
+    void* stream;
+    i64 a_type, x_type, B, T, D, n_reverse, a_b, a_t, x_b, x_t, h_b, h_t, reset_b, reset_t;
+    i64 backward, chunk, width, vector, threads;
+};
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+typedef __half f16;
+#if __CUDA_ARCH__ >= 800
+#define END_OF_FETCH asm volatile("cp.async.commit_group;" ::: "memory")
+#define WAIT_FOR_ALL_BUT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+#else
+#define END_OF_FETCH
+#define WAIT_FOR_ALL_BUT(n)
+#endif
+#define ANY __host__ __device__ __forceinline__
+#define KERNEL __device__ __forceinline__
+#define EACH(v) _Pragma("unroll") for (int v = 0; v < V; v++)
+template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Row {     // registers
+    T value[V];
+    KERNEL T& operator[](int v) { return value[v]; }
+    static KERNEL Row of(T*) { return Row(); }
+    KERNEL void store(T* to) const { *(Row*)to = *this; }
+};
+template <class T, int V, int DEPTH> struct Stream {        // this lane's part of the ring
+    const T* from; i64 stride; Row<T, V>* ring;
+    KERNEL Row<T, V>* slot(i64 i) const { return ring + i % DEPTH * 32 + threadIdx.x; }
+    KERNEL Row<T, V> row(i64 i, i64) const { return *slot(i); }
+    KERNEL void fetch(i64 i, i64 t) const {
+        char *to = (char*)slot(i), *global = (char*)(from + t * stride);
+#if __CUDA_ARCH__ >= 800
+        const unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+        if (sizeof(T) * V == 4)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+        for (int q = 0; q + 16 <= sizeof(T) * V; q += 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + q), "l"(global + q) : "memory");
+        if (sizeof(T) * V >= 4) return;
+#endif
+        *(Row<T, V>*)to = *(Row<T, V>*)global;
+    }
+};
+#else
+typedef _Float16 f16;
+#define ANY inline
+#define KERNEL inline
+#define END_OF_FETCH
+#define WAIT_FOR_ALL_BUT(n)
+#define EACH(v) _Pragma("omp simd") for (int v = 0; v < n; v++)
+template <class T, int V> struct Row {                      // where it lies in memory
+    T* value;
+    T& operator[](int v) const { return value[v]; }
+    static Row of(T* value) { return {value}; }
+    void store(T*) const {}
+};
+template <class T, int V, int DEPTH> struct Stream {
+    const T* from; i64 stride; Row<T, V>* ring;
+    Row<const T, V> row(i64, i64 t) const { return {from + t * stride}; }
+    void fetch(i64, i64) const {}
+};
+#endif
+
+struct bf16 {                       // the upper half of a float; rounds to the nearest, ties to even
+    unsigned short bits;
+    ANY void operator=(float f) {
+        unsigned u;
+        memcpy(&u, &f, 4);
+        bits = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    }
+    ANY operator float() const {
+        const unsigned u = (unsigned)bits << 16;
+        float f;
+        memcpy(&f, &u, 4);
+        return f;
+    }
+};
+
+ANY i64 ceil_div(i64 n, i64 d) { return (n + d - 1) / d; }
+ANY i64 count_lanes(const Job& j, i64 width) {              // no lane mixes samples, chunks, directions
+    return j.B * ceil_div(j.T, j.chunk) * (ceil_div(j.D - j.n_reverse, width) + ceil_div(j.n_reverse, width));
+}
+
+// `width` channels walk through one chunk of time, in backward against the scan's direction.
+// SUMMARY finds only where the chunk would end if it started from zero.
+template <bool BACK, bool SUMMARY, class A, class X, int V> KERNEL void walk(const Job& j, i64 lane, i64 width) {
+    const i64 split = j.D - j.n_reverse, left = ceil_div(split, width), all = left + ceil_div(j.n_reverse, width);
+    const i64 chunks = ceil_div(j.T, j.chunk), b = lane / all / chunks, k = lane / all % chunks;
+    const bool reverse = lane % all >= left, leftward = reverse != (bool)j.backward;
+    const i64 end = reverse ? j.D : split;
+    i64 channel = reverse ? split + (lane % all - left) * width : lane % all * width;
+#ifdef __CUDACC__
+    channel += threadIdx.x * V;
+    const bool active = channel < end;
+    if (!active) channel = end - V;                         // reads along, writes nothing
+    constexpr int bytes = (sizeof(A) + sizeof(X) * (BACK && !SUMMARY ? 2 : 1)) * V;
+    constexpr int DEPTH = 32 * 32 * bytes <= 49152 ? 32 : 16;
+    __shared__ __align__(16) char ring[DEPTH * 32 * bytes];
+#else
+    const int n = width < end - channel ? width : end - channel;
+    constexpr bool active = true;
+    constexpr int DEPTH = 0;
+    char* ring = 0;
+#endif
+    const i64 begin = k * j.chunk, steps = j.T - begin < j.chunk ? j.T - begin : j.chunk;
+    const i64 first = leftward ? begin + steps - 1 : begin, dt = leftward ? -1 : 1;
+    const auto inside = [&](i64 t) { return 0 <= t && t < j.T; };
+
+    Stream<A, V, DEPTH> a{(const A*)j.a + b * j.a_b + channel, j.a_t, (Row<A, V>*)ring};
+    Stream<X, V, DEPTH> x{(const X*)j.x + b * j.x_b + channel, j.x_t, (Row<X, V>*)(a.ring + DEPTH * 32)};
+    Stream<X, V, DEPTH> h{(const X*)j.h + b * j.h_b + channel, j.h_t, x.ring + DEPTH * 32};
+    const auto fetch = [&](i64 i) {
+        const i64 t = first + i * dt;
+        if (i < steps) {
+            a.fetch(i, t);
+            x.fetch(i, t);
+            if (BACK && !SUMMARY) h.fetch(i, inside(t + dt) ? t + dt : t);
+        }
+        END_OF_FETCH;
+    };
+    for (i64 i = 0; i < DEPTH; i++) fetch(i);
+
+    float c[V], p[V], h0[V];                                // what is carried on; the product of gates
+    const bool has_h0 = j.h0 && !reverse, has_before = j.e && inside(begin - dt * j.chunk);
+    EACH(v) {
+        p[v] = 1;
+        h0[v] = has_h0 ? j.h0[b * j.D + channel + v] : 0;
+        c[v] = SUMMARY ? 0 : has_before ? j.e[(b * chunks + k - dt) * j.D + channel + v] : BACK ? 0 : h0[v];
+    }
+    for (i64 i = 0; i < steps; i++) {
+        const i64 t = first + i * dt, here = (b * j.T + t) * j.D + channel;
+        const bool cut = j.reset && j.reset[b * j.reset_b + t * j.reset_t] & (reverse ? 2 : 1);
+        WAIT_FOR_ALL_BUT(DEPTH - 1);
+        auto gate = a.row(i, t);
+        auto in = x.row(i, t);
+        if constexpr (SUMMARY) {
+            EACH(v) {
+                const float f = cut ? 0.f : (float)gate[v];
+                c[v] = BACK ? f * ((float)in[v] + c[v]) : f * c[v] + (float)in[v];
+                p[v] *= f;
+            }
+        } else if constexpr (BACK) {
+            const bool edge = !inside(t + dt);              // the state before this one is h0
+            auto state = h.row(i, edge ? t : t + dt);
+            auto dx = Row<X, V>::of((X*)j.out + here);
+            auto da = Row<A, V>::of((A*)j.da + here);
+            EACH(v) {
+                const float d = (float)in[v] + c[v], stored = state[v];
+                const float d_gate = cut ? 0.f : d * (edge ? h0[v] : stored);
+                c[v] = cut ? 0.f : (float)gate[v] * d;
+                dx[v] = d;
+                da[v] = d_gate;
+            }
+            if (active) dx.store((X*)j.out + here), da.store((A*)j.da + here);
+        } else {
+            auto y = Row<X, V>::of((X*)j.out + here);
+            EACH(v) {
+                c[v] = (cut ? 0.f : (float)gate[v] * c[v]) + (float)in[v];
+                y[v] = c[v];
+            }
+            if (active) y.store((X*)j.out + here);
+        }
+        fetch(i + DEPTH);
+    }
+    if (!active) return;
+    if (SUMMARY) EACH(v) {
+        j.e[(b * chunks + k) * j.D + channel + v] = c[v];
+        j.p[(b * chunks + k) * j.D + channel + v] = p[v];
+    }
+    else if (BACK && !inside(first + steps * dt)) EACH(v) j.dh0[b * j.D + channel + v] = has_h0 ? c[v] : 0;
+}
+
+#ifdef __CUDACC__
+template <bool BACK, bool SUMMARY, class A, class X, int V>
+__global__ void __launch_bounds__(32) lanes(Job j) { walk<BACK, SUMMARY, A, X, V>(j, blockIdx.x, 32 * V); }
+#endif
+template <bool BACK, bool SUMMARY, class A, class X> int launch(const Job& j) {
+#ifdef __CUDACC__
+    constexpr int V = 16 / sizeof(X);
+    const i64 blocks = count_lanes(j, j.vector ? 32 * V : 32);
+    if (blocks >> 31) return cudaErrorInvalidConfiguration;
+    const auto kernel = j.vector ? lanes<BACK, SUMMARY, A, X, V> : lanes<BACK, SUMMARY, A, X, 1>;
+    kernel<<<blocks, 32, 0, (cudaStream_t)j.stream>>>(j);
+    return cudaGetLastError();
+#else
+    const i64 lanes = count_lanes(j, j.width);
+#pragma omp parallel for num_threads(j.threads) schedule(dynamic) if (j.threads > 1 && lanes > 1)
+    for (i64 lane = 0; lane < lanes; lane++) walk<BACK, SUMMARY, A, X, 4096>(j, lane, j.width);
+    return 0;
+#endif
+}
+template <bool BACK, bool SUMMARY> int dispatch(const Job& j) {
+    switch (j.a_type * 3 + j.x_type) {                      // float 0, bfloat16 1, float16 2
+        case 0: return launch<BACK, SUMMARY, float, float>(j);
+        case 1: return launch<BACK, SUMMARY, float, bf16>(j);
+        case 2: return launch<BACK, SUMMARY, float, f16>(j);
+        case 4: return launch<BACK, SUMMARY, bf16, bf16>(j);
+        default: return launch<BACK, SUMMARY, f16, f16>(j);
+    }
+}
+extern "C" int birdie_scan(const Job* job) {                // 0, or an error of the CUDA runtime
+    const Job& j = *job;
+    if (j.chunk < j.T) {
+        Job carry = j;                                      // from chunk to chunk: itself a scan
+        carry.a = j.p, carry.x = carry.out = j.e, carry.e = 0, carry.reset = 0;
+        carry.T = carry.chunk = ceil_div(j.T, j.chunk), carry.a_type = carry.x_type = 0;
+        carry.a_t = carry.x_t = j.D, carry.a_b = carry.x_b = carry.T * j.D;
+        if (j.backward) carry.h0 = 0;
+        int error = j.backward ? dispatch<true, true>(j) : dispatch<false, true>(j);
+        if (!error) error = launch<false, false, float, float>(carry);
+        if (error) return error;
+    }
+    return j.backward ? dispatch<true, false>(j) : dispatch<false, false>(j);
+}
+"""
+
+
+class Job(ctypes.Structure):
+    """The arguments of one call, as the kernel's struct Job has them."""
+    _fields_ = [(name, ctypes.c_void_p) for name in "a x h reset h0 out da dh0 e p stream".split()] + [
+        (name, ctypes.c_int64) for name in "a_type x_type B T D n_reverse a_b a_t x_b x_t h_b h_t "
+                                           "reset_b reset_t backward chunk width vector threads".split()]
+
+
+def compiler_and_flags(kind):
+    """(compiler, flags, what it compiles for) of the cpp or cuda backend."""
+    from torch.utils import cpp_extension
+    if kind == "cuda":
+        if cpp_extension.CUDA_HOME is None:
+            raise RuntimeError("no CUDA toolkit (nvcc) found; install one or set CUDA_HOME")
+        target = "".join(map(str, torch.cuda.get_device_capability()))
+        return f"{cpp_extension.CUDA_HOME}/bin/nvcc", ["-O3", "-std=c++17"], target
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    target = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]         # Apple's compiler has none
+    return cpp_extension.get_cxx_compiler(), ["-O3", "-march=native", "-std=c++17", *openmp], target
+
+
+def build(kind):
+    """The compiled kernel's file. Its name tells torch, compiler, flags, processor and source apart.
+
+    Each process builds in a folder of its own and moves the result into place in one step, so no
+    lock is ever waited for, and processes that start together do not disturb each other.
+    """
+    from torch.utils import cpp_extension
+    compiler, flags, target = compiler_and_flags(kind)
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\n".join([torch.__version__, version, *flags, target, KERNEL]).encode()).hexdigest()
+    name = f"birdie_scan_{kind}_{key[:16]}"
+    root = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    library = root / f"{name}.so"
+    if not library.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=name, dir=root) as folder:
+            source = pathlib.Path(folder, "scan.cu" if kind == "cuda" else "scan.cpp")
+            source.write_text(KERNEL)
+            cpp_extension.load(name, [str(source)], extra_cflags=flags, extra_cuda_cflags=flags,
+                               build_directory=folder, is_python_module=False,
+                               extra_ldflags=[] if kind == "cpp" else [f"-Wl,-rpath,{cpp_extension.CUDA_HOME}/lib64"])
+            os.replace(pathlib.Path(folder, f"{name}.so"), library)
+    return library
+
+
+@functools.cache
+def load(kind):
+    """(the kernel, "") or (None, why there is none), found out once; the reason is printed."""
+    try:
+        return ctypes.CDLL(str(build(kind))), ""
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])
+        print(f"scan: no {kind} kernel, using PyTorch, which is slower: {reason}", file=sys.stderr)
+        return None, reason
+
 
 class Backend(NamedTuple):
-    """Which implementation a device gets, and why not a better one ("" if it is the best)."""
-    name: str
-    reason: str
+    name: str           # cuda, cpp or torch
+    reason: str         # why it is not the device's best one; empty if it is
 
 
 def backend(device="cpu") -> Backend:
-    """The implementation `scan` uses for tensors on `device`."""
-    return Backend("torch", "")
+    """Which implementation `scan` uses for tensors on `device`, and why not a better one."""
+    device, forced = torch.device(device), os.environ.get("SCAN_BACKEND", "")
+    best = {"cpu": "cpp", "cuda": "cuda"}.get(device.type, "torch")
+    if forced not in ("", "torch", best):
+        raise RuntimeError(f"SCAN_BACKEND={forced} cannot run on {device}; use {best} or torch, or unset it")
+    if forced == "torch" or best == "torch":
+        return Backend("torch", "SCAN_BACKEND=torch" if forced else f"no kernel for {device.type}")
+    kernel, reason = load(best)
+    if kernel is None and forced:
+        raise RuntimeError(f"SCAN_BACKEND={forced} has no kernel: {reason}")
+    return Backend("torch" if kernel is None else best, reason)
 
 
-@torch.library.custom_op("birdie::scan", mutates_args=(),
-                         schema="(Tensor a, Tensor x, Tensor? reset, int n_reverse, Tensor? h0) -> Tensor")
-def scan_op(a, x, reset, n_reverse, h0):
-    h = x.new_empty(x.shape)
-    torch_forward(a, x, reset, n_reverse, h0, h)
-    return h
+def chunk_length(x):
+    """Steps of a chunk. One chunk if the lanes alone keep enough of the card's memory busy: 40 KB a step."""
+    B, T, D = x.shape
+    if x.device.type == "cpu" or B * D * x.element_size() >= 40_000 or T < 256:
+        return T
+    return max(64, -(-T * B * D // 65536))              # about 65536 pieces of work; our choice
 
 
-@torch.library.custom_op("birdie::scan_backward", mutates_args=(),
-                         schema="(Tensor a, Tensor h, Tensor g, Tensor? reset, int n_reverse, Tensor? h0)"
-                                " -> (Tensor, Tensor, Tensor)")
-def scan_backward_op(a, h, g, reset, n_reverse, h0):
-    out = new_gradients(a, h, g, reset, n_reverse, h0)
-    torch_backward(a, h, g, reset, n_reverse, h0, *out)
-    return out
+def run_kernel(name, a, x, h, reset, n_reverse, h0, out, da=None, dh0=None):
+    """Forward: x to out = h. Backward: x is g, out is dx. Only channels must be next to each other."""
+    B, T, D = x.shape
+    a, x, h = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, x, h))
+    V, threads, chunk = 16 // x.element_size(), torch.get_num_threads(), chunk_length(x)
+    aligned = all(n % 16 == 0 for t in (a, x, h, out, a if da is None else da)
+                  for n in (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size()))
+    parts = 1 if threads == 1 else -(-4 * threads // B)         # of a row, so that every thread has work
+    chunks = torch.empty(2 if chunk < T else 0, B, -(-T // chunk), D, device=x.device)
+    pointer = {"a": a, "x": x, "h": h, "reset": reset, "h0": h0, "out": out, "da": da, "dh0": dh0,
+               **dict(zip("ep", chunks))}
+    job = Job(**{key: t.data_ptr() for key, t in pointer.items() if t is not None},
+              a_type=KERNEL_TYPES.index(a.dtype), x_type=KERNEL_TYPES.index(x.dtype), B=B, T=T, D=D,
+              n_reverse=n_reverse, a_b=a.stride(0), a_t=a.stride(1), x_b=x.stride(0), x_t=x.stride(1),
+              h_b=h.stride(0), h_t=h.stride(1), reset_b=0 if reset is None else reset.stride(0),
+              reset_t=0 if reset is None else reset.stride(1), backward=da is not None, chunk=chunk,
+              width=min(4096, max(128, -(-D // parts))), threads=threads,
+              vector=aligned and D % V == 0 and n_reverse % V == 0)
+    if name == "cuda":
+        with torch.cuda.device(x.device):
+            job.stream = torch.cuda.current_stream().cuda_stream
+            error = load(name)[0].birdie_scan(ctypes.byref(job))
+    else:
+        error = load(name)[0].birdie_scan(ctypes.byref(job))
+    if error:
+        raise RuntimeError(f"scan kernel on {x.device}: CUDA error {error} for a {tuple(a.shape)}")
 
 
-@scan_op.register_fake
+# ---- the operator, its gradient, and the public function ------------------------------------------
+
+def choose(x):
+    """The backend of x; float64, for gradient checks, is PyTorch's."""
+    return backend(x.device).name if x.dtype in KERNEL_TYPES else "torch"
+
+
+def run_forward(name, a, x, reset, n_reverse, h0, h):
+    """Write h."""
+    if name == "torch":
+        torch_forward(a, x, reset, n_reverse, h0, h)
+    elif x.numel():
+        run_kernel(name, a, x, x, reset, n_reverse, h0, h)
+
+
+def run_backward(name, a, h, g, reset, n_reverse, h0, da, dx, dh0):
+    """Write da, dx and dh0."""
+    if name == "torch":
+        torch_backward(a, h, g, reset, n_reverse, h0, da, dx, dh0)
+    elif h.numel():
+        run_kernel(name, a, g, h, reset, n_reverse, h0, dx, da, dh0)
+
+
+torch.library.define("birdie::scan", "(Tensor a, Tensor x, Tensor? reset, int n_reverse, Tensor? h0) -> Tensor")
+torch.library.define("birdie::scan_backward", "(Tensor a, Tensor h, Tensor g, Tensor? reset, int n_reverse, "
+                                              "Tensor? h0) -> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.register_fake("birdie::scan")
 def new_states(a, x, reset, n_reverse, h0):
     return x.new_empty(x.shape)
 
 
-@scan_backward_op.register_fake
+@torch.library.register_fake("birdie::scan_backward")
 def new_gradients(a, h, g, reset, n_reverse, h0):
     work = torch.promote_types(h.dtype, torch.float32)
     return a.new_empty(a.shape), h.new_empty(h.shape), h.new_empty((h.shape[0], h.shape[2]), dtype=work)
+
+
+@torch.library.impl("birdie::scan", "default")
+def scan_forward(a, x, reset, n_reverse, h0):
+    h = new_states(a, x, reset, n_reverse, h0)
+    run_forward(choose(x), a, x, reset, n_reverse, h0, h)
+    return h
+
+
+@torch.library.impl("birdie::scan_backward", "default")
+def scan_backward(a, h, g, reset, n_reverse, h0):
+    gradients = new_gradients(a, h, g, reset, n_reverse, h0)
+    run_backward(choose(h), a, h, g, reset, n_reverse, h0, *gradients)
+    return gradients
 
 
 def remember(ctx, inputs, output):
@@ -181,13 +555,13 @@ def remember(ctx, inputs, output):
     ctx.save_for_backward(a, output, reset, h0)             # x is not needed
 
 
-def gradient(ctx, g):
+def differentiate(ctx, g):
     a, h, reset, h0 = ctx.saved_tensors
-    da, dx, dh0 = scan_backward_op(a, h, g, reset, ctx.n_reverse, h0)
+    da, dx, dh0 = torch.ops.birdie.scan_backward(a, h, g, reset, ctx.n_reverse, h0)
     return da, dx, None, None, None if h0 is None else dh0
 
 
-scan_op.register_autograd(gradient, setup_context=remember)
+torch.library.register_autograd("birdie::scan", differentiate, setup_context=remember)
 
 
 def scan(a: torch.Tensor, x: torch.Tensor, reset: torch.Tensor | None = None, n_reverse: int = 0,
@@ -205,8 +579,8 @@ def scan(a: torch.Tensor, x: torch.Tensor, reset: torch.Tensor | None = None, n_
     if x.shape[1] == 1:             # one step of decoding: the loop is faster than any machinery
         return scan_loop(a, x, reset, n_reverse, h0).to(x.dtype)
     if h0 is not None:
-        h0 = h0.to(torch.promote_types(x.dtype, torch.float32))
-    return scan_op(a, x, reset, n_reverse, h0)
+        h0 = h0.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    return torch.ops.birdie.scan(a, x, reset, n_reverse, h0)
 
 
 def check(a, x, reset, n_reverse, h0):
@@ -214,7 +588,7 @@ def check(a, x, reset, n_reverse, h0):
     if x.dim() != 3 or a.shape != x.shape:
         raise ValueError(f"a {tuple(a.shape)} and x {tuple(x.shape)} must both be (B, T, D); expand or reshape them")
     B, T, D = x.shape
-    if x.dtype not in DTYPES:
+    if x.dtype not in (*KERNEL_TYPES, torch.float64):
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16 or float16")
     if a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         raise TypeError(f"a is {a.dtype} beside an x of {x.dtype}; give both one type, or a in float32")
@@ -235,45 +609,99 @@ def check(a, x, reset, n_reverse, h0):
 
 # ---- demonstration ---------------------------------------------------------------------------------
 
-def median_ms(functions, repeats=5):
+def peers(device):
+    """Other packages' scans, where installed, with the copies that their layouts need."""
+    found = {}
+    try:
+        from mambapy.pscan import pscan
+        found["mambapy"] = lambda a, x: pscan(a[..., None], x[..., None])[..., 0]
+    except ImportError:
+        pass
+    try:
+        from accelerated_scan.warp import scan as warp
+        found["accelerated-scan"] = lambda a, x: warp(a.mT.contiguous(), x.mT.contiguous()).mT
+    except ImportError:
+        pass
+    try:
+        from fla.ops.hgrn import fused_recurrent_hgrn
+        found["fla hgrn"] = lambda a, x: fused_recurrent_hgrn(x, a.log())[0]
+    except ImportError:
+        pass
+    return {name: f for name, f in found.items() if device == "cuda" or name == "mambapy"}
+
+
+def median_ms(functions, device):
     """Median milliseconds of each function, called in turn so that noise hits all alike."""
-    seconds = [[] for _ in functions]
-    for _ in range(repeats):
-        for f, out in zip(functions, seconds):
+    calls, times = 20 if device == "cuda" else 1, [[] for _ in functions]
+    for _ in range(6):
+        for f, out in zip(functions, times):
             begin = time.perf_counter()
-            f()
-            out.append(1000 * (time.perf_counter() - begin))
-    return [statistics.median(s) for s in seconds]
+            for _ in range(calls):
+                f()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            out.append(1000 * (time.perf_counter() - begin) / calls)
+    return [statistics.median(t[1:]) for t in times]            # the first turn warms up
+
+
+def show_errors(names, device):
+    """Each backend against the loop in float64: resets, both directions and h0 at once."""
+    B, T, D = 2, 300, 32
+    a, x, h0, g = torch.rand(B, T, D), torch.randn(B, T, D), torch.randn(B, D), torch.randn(B, T, D)
+    reset = torch.randint(40, (B, T)).to(torch.uint8)
+    reset *= reset < 4                                          # a tenth of the steps, any bits
+    exact = [t.double().requires_grad_() for t in (a, x, h0)]
+    h = scan_loop(exact[0], exact[1], reset, D // 2, exact[2])
+    want = [h, *torch.autograd.grad(h, exact, g.double())]
+    a, x, h0, g, reset = (t.to(device) for t in (a, x, h0, g, reset))
+    for name in names:
+        h, da, dx, dh0 = (torch.empty_like(t) for t in (x, a, x, h0))
+        run_forward(name, a, x, reset, D // 2, h0, h)
+        run_backward(name, a, h, g, reset, D // 2, h0, da, dx, dh0)
+        error = [((u.cpu() - v).abs().max() / v.abs().max()).item() for u, v in zip((h, da, dx, dh0), want)]
+        print(f"  {name:5s}  h {error[0]:.0e}  da {error[1]:.0e}  dx {error[2]:.0e}  dh0 {error[3]:.0e}")
+
+
+def show_times(names, device, shape, dtype):
+    """Forward, and forward and backward, as multiples of the time that reading and writing take."""
+    a, x = (torch.rand(shape, device=device, dtype=dtype).requires_grad_() for _ in "ax")
+    g, h, da, dx = (torch.rand(shape, device=device, dtype=dtype) for _ in range(4))
+    dh0 = torch.empty(shape[0], shape[2], device=device)
+    A, X, called = a.detach(), x.detach(), {"scan": scan, **peers(device)}
+    limit = (lambda: h.copy_(g)) if device == "cuda" else lambda: torch.add(A, X, out=h)
+    functions = [limit]
+    for name in names:
+        functions += [functools.partial(run_forward, name, A, X, None, 0, None, h),
+                      functools.partial(run_backward, name, A, h, g, None, 0, None, da, dx, dh0)]
+    for f in called.values():                                   # as called: with its allocations
+        functions += [lambda f=f: f(A, X), lambda f=f: torch.autograd.grad(f(a, x), (a, x), g)]
+    unit, *ms = median_ms(functions, device)
+    unit *= 1.5 if device == "cuda" else 1                      # a copy moves 2 of the forward's 3 tensors
+    print(f"  {shape} {str(dtype)[6:]}: 3 tensors read or written in {unit:.3f} ms")
+    for i, name in enumerate([*names, *called]):
+        forward, total = ms[2 * i], ms[2 * i + 1] + (ms[2 * i] if i < len(names) else 0)
+        print(f"    {name + ' kernel' * (name in names and name != 'torch'):16s} forward {forward:8.3f} ms"
+              f" = {forward / unit:5.2f}   with backward {total:8.3f} ms = {total / unit * 3 / 8:5.2f} x 8/3")
 
 
 def main():
     torch.manual_seed(0)
-    B, T, D = 2, 300, 24
-    a, x, h0 = torch.rand(B, T, D), torch.randn(B, T, D), torch.randn(B, D)
-    reset = ((torch.rand(B, T) < 0.05) + 2 * (torch.rand(B, T) < 0.05)).to(torch.uint8)
-    g = torch.randn(B, T, D)
-
-    def run(f, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (a, x, h0)]
-        h = f(leaves[0], leaves[1], reset, D // 2, leaves[2])
-        return [h, *torch.autograd.grad(h, leaves, g.to(dtype))]
-
-    errors = [((u - v).abs().max() / v.abs().max()).item()
-              for u, v in zip(run(scan, torch.float32), run(scan_loop, torch.float64))]
-    print("largest error, float32 against a float64 loop, relative to the largest value")
-    print(f"  {backend().name:6s}" + "".join(f"  {n} {e:.1e}" for n, e in zip(("h", "da", "dx", "dh0"), errors)))
-
-    torch.set_num_threads(1)
-    print("\none CPU thread, float32: milliseconds (times torch.add, or times 8/3 of it)")
-    for shape in ((4, 2048, 1024), (1, 16384, 512)):
-        a, x, g, h = torch.rand(shape), torch.randn(shape), torch.randn(shape), torch.empty(shape)
-        grads = torch.empty(shape), torch.empty(shape)
-        dh0 = torch.empty(shape[0], shape[2])
-        add, forward, back = median_ms([lambda: torch.add(a, x, out=h),
-                                        lambda: torch_forward(a, x, None, 0, None, h),
-                                        lambda: torch_backward(a, h, g, None, 0, None, *grads, dh0)])
-        print(f"  {shape}  torch.add {add:.1f}   {backend().name} forward {forward:.1f} ({forward / add:.1f})"
-              f"   forward+backward {forward + back:.1f} ({(forward + back) / add * 3 / 8:.1f})")
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        best, threads = backend(device), torch.get_num_threads()
+        names = [best.name] + ["torch"] * (best.name != "torch")
+        print(f"{device}: {best.name}{' (' + best.reason + ')' if best.reason else ''}")
+        print("largest error in float32 against a float64 loop, relative to the largest value")
+        show_errors(names, device)
+        print("time, in multiples of the memory limit" + (", one thread" if device == "cpu" else ""))
+        torch.set_num_threads(1)
+        if device == "cpu":
+            for shape in ((4, 2048, 1024), (1, 16384, 512)):
+                show_times(names, device, shape, torch.float32)
+        else:
+            for shape in ((8, 2048, 2560), (16, 2048, 1536), (1, 131072, 512)):
+                for dtype in (torch.float32, torch.bfloat16):
+                    show_times(names, device, shape, dtype)
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

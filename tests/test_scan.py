@@ -1,26 +1,46 @@
-"""The scan equals a plain loop in float64, forward and backward, on every backend.
+"""The scan equals a plain loop in float64, forward and backward, on every backend; and the kernel builds
+quickly, alone or beside other processes, or says in one line why not.
 
-    python -m pytest tests/test_scan.py
+    python -m pytest tests/test_scan.py          (runs the CUDA kernel too where there is a GPU)
 """
+import functools
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import scan as S
 
 LENGTHS = (1, 2, 3, 4, 7, 16, 31, 32, 33, 50)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(monkeypatch):
+    monkeypatch.delenv("SCAN_BACKEND", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch", "cpp", "cuda"])
+def device(request, monkeypatch):
+    """The device of each backend in turn, which is then the one that `scan` uses."""
+    name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here: run this file where there is one")
+    if name == "cpp" and S.backend("cpu").name != "cpp":
+        pytest.skip(f"no C++ kernel: {S.backend('cpu').reason}")
+    monkeypatch.setenv("SCAN_BACKEND", name)
+    return "cuda" if name == "cuda" else "cpu"
 
 
 def random_case(seed, lengths=LENGTHS):
@@ -44,34 +64,49 @@ def random_case(seed, lengths=LENGTHS):
         forward, backward = torch.rand(2, B, T, generator=r) < chance
         reset = (forward * S.RESET_FORWARD + backward * S.RESET_REVERSE).to(torch.uint8)
     h0 = pick(None, normal(B, D))
-    if pick(True, False):       # strides that a split projection or a transpose leaves behind
+    if pick(True, False):       # strides that a split projection, a transpose or a sum leaves behind
         x = torch.cat([x, x, x], -1)[..., D:2 * D]
         a = a.transpose(1, 2).contiguous().transpose(1, 2)
         g = g[:, :, :1].expand(B, T, D)
     return (a, x, reset, pick(0, 1, D // 2, D), h0), g
 
 
-def with_gradients(f, case, g, dtype=None):
+def with_gradients(f, case, g, dtype=None, device="cpu"):
     """[h, da, dx, dh0 if there is an h0] of f, computed in dtype."""
     a, x, reset, n_reverse, h0 = case
-    leaves = [t.to(dtype or t.dtype).detach().requires_grad_() for t in (a, x, h0) if t is not None]
-    h = f(leaves[0], leaves[1], reset, n_reverse, *leaves[2:])
-    return [h, *torch.autograd.grad(h, leaves, g.to(h.dtype), materialize_grads=True)]
+    leaves = [t.to(device, dtype or t.dtype).detach().requires_grad_() for t in (a, x, h0) if t is not None]
+    h = f(leaves[0], leaves[1], None if reset is None else reset.to(device), n_reverse, *leaves[2:])
+    return [h, *torch.autograd.grad(h, leaves, g.to(device, h.dtype), materialize_grads=True)]
 
 
-def assert_close_to_loop(case, g, message=""):
+@functools.cache
+def loop_result(seed, lengths=LENGTHS):
+    case, g = random_case(seed, lengths)
+    return [t.detach() for t in with_gradients(S.scan_loop, case, g, torch.float64)]
+
+
+def assert_equals_loop(device, seed, lengths=LENGTHS, message=""):
+    case, g = random_case(seed, lengths)
     limit = 3e-6 if case[1].dtype == torch.float32 else 1e-2
-    got = with_gradients(S.scan, case, g)
-    want = with_gradients(S.scan_loop, case, g, torch.float64)
-    for name, u, v in zip(("h", "da", "dx", "dh0"), got, want):
-        error = (u.double() - v).abs().max() / v.abs().max().clamp(min=1)
-        assert error <= limit, f"{name} off by {error:.1e} {message}"
+    got = with_gradients(S.scan, case, g, device=device)
+    for name, u, v in zip(("h", "da", "dx", "dh0"), got, loop_result(seed, lengths)):
+        error = (u.cpu().double() - v).abs().max() / v.abs().max().clamp(min=1)
+        assert error <= limit, f"{name} off by {error:.1e} (seed {seed}{message})"
 
 
-def test_two_thousand_random_cases_equal_the_loop():
+def test_two_thousand_random_cases_equal_the_loop(device, monkeypatch):
+    whole = S.chunk_length
     for seed in range(2000):
-        case, g = random_case(seed)
-        assert_close_to_loop(case, g, f"(seed {seed})")
+        chunk = (0, 1, 3, 8, 20)[seed % 5]      # the kernel's second way: time cut into chunks
+        monkeypatch.setattr(S, "chunk_length", lambda x: min(chunk, x.shape[1]) if chunk else whole(x))
+        assert_equals_loop(device, seed, message=f", chunk {chunk}")
+
+
+@pytest.mark.parametrize("length", [1000, 1023, 1024, 1025, 4097, 65537])
+def test_long_sequences_equal_the_loop(device, length, monkeypatch):
+    for seed in range(1 if length > 2000 else 3):
+        assert_equals_loop(device, seed, (length,))
+        monkeypatch.setattr(S, "chunk_length", lambda x: 128)
 
 
 def test_gradcheck():
@@ -84,22 +119,23 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda a, x, h0: S.scan(a, x, reset, n_reverse, h0), leaves)
 
 
-def test_opcheck():
-    for seed in range(12):
+def test_opcheck(device):
+    for seed in range(6):
         case, _ = random_case(seed)
+        case = [t.to(device) if torch.is_tensor(t) else t for t in case]
         for t in case[:2]:
             t.requires_grad_()
         torch.library.opcheck(torch.ops.birdie.scan.default, case)
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_a_graph_break(device):
     case, g = random_case(3)
     compiled = torch.compile(S.scan, fullgraph=True, backend="aot_eager")
-    for u, v in zip(with_gradients(compiled, case, g), with_gradients(S.scan, case, g)):
+    for u, v in zip(with_gradients(compiled, case, g, device=device), with_gradients(S.scan, case, g, device=device)):
         assert torch.equal(u, v)
 
 
-def test_a_reset_isolates_both_sides_bit_for_bit():
+def test_a_reset_isolates_both_sides_bit_for_bit(device):
     """Two packed samples: changing one changes no output and no gradient of the other."""
     r = torch.Generator().manual_seed(1)
     B, T, D, cut = 2, 70, 6, 37
@@ -111,15 +147,15 @@ def test_a_reset_isolates_both_sides_bit_for_bit():
         a2, x2, g2 = a.clone(), x.clone(), g.clone()
         for t in (a2, x2, g2):
             t[:, other] = torch.rand(t[:, other].shape, generator=r)
-        first = with_gradients(S.scan, (a, x, reset, 3, None), g)
-        second = with_gradients(S.scan, (a2, x2, reset, 3, None), g2)
+        first = with_gradients(S.scan, (a, x, reset, 3, None), g, device=device)
+        second = with_gradients(S.scan, (a2, x2, reset, 3, None), g2, device=device)
         for u, v in zip(first, second):
             assert torch.equal(u[:, side], v[:, side]) and not torch.equal(u[:, other], v[:, other])
 
 
-def test_a_sequence_in_pieces_equals_the_whole():
+def test_a_sequence_in_pieces_equals_the_whole(device):
     r = torch.Generator().manual_seed(2)
-    a, x = torch.rand(2, 100, 9, generator=r), torch.randn(2, 100, 9, generator=r)
+    a, x = torch.rand(2, 100, 9, generator=r).to(device), torch.randn(2, 100, 9, generator=r).to(device)
     h, state = [], None
     for begin, end in ((0, 41), (41, 42), (42, 100)):
         h.append(S.scan(a[:, begin:end], x[:, begin:end], h0=state))
@@ -127,7 +163,26 @@ def test_a_sequence_in_pieces_equals_the_whole():
     torch.testing.assert_close(torch.cat(h, 1), S.scan(a, x), atol=1e-6, rtol=1e-6)
 
 
-def test_errors_name_the_value_and_the_remedy():
+def test_threads_and_repetition_change_no_bit(device):
+    case, g = random_case(5, (300,))
+    first = with_gradients(S.scan, case, g, device=device)
+    torch.set_num_threads(3)
+    for u, v in zip(first, with_gradients(S.scan, case, g, device=device)):
+        assert torch.equal(u, v)
+
+
+def test_more_than_two_to_the_31_elements(monkeypatch):
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 12e9 or S.backend("cpu").name != "cpp":
+        pytest.skip(f"needs the C++ kernel and 12 GB of memory; {available / 1e9:.0f} are free")
+    torch.set_num_threads(4)
+    T, D = 65537, 32769
+    row = torch.ones(1, 1, D).bfloat16().expand(1, T, D)    # one step's inputs, repeated
+    h = S.scan(row, row)
+    assert h[0, 99].eq(100).all() and h[0, -1].eq(65536).all() and h[0, :, -1].float().diff().min() >= 0
+
+
+def test_errors_name_the_value_and_the_remedy(monkeypatch):
     a = torch.rand(2, 5, 4)
     reset = torch.zeros(2, 5, dtype=torch.uint8)
     for arguments, error, words in (
@@ -145,8 +200,66 @@ def test_errors_name_the_value_and_the_remedy():
             ((a, a.to("meta")), ValueError, "meta")):
         with pytest.raises(error, match=re.escape(words)):
             S.scan(*arguments)
+    for name in ("cuda", "triton"):
+        monkeypatch.setenv("SCAN_BACKEND", name)
+        with pytest.raises(RuntimeError, match=f"SCAN_BACKEND={name} cannot run on cpu"):
+            S.scan(a, a)
+
+
+def start(folder, **environment):
+    """A process that scans once and prints its backend and the seconds that took."""
+    code = ("import time, torch, scan; t = time.time(); x = torch.ones(1, 3, 2); h = scan.scan(x, x); "
+            "assert h[0, 2, 1] == 3; print(scan.backend().name, time.time() - t)")
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_four_processes_build_at_once_despite_stale_locks_and_the_next_starts_quickly(tmp_path):
+    if S.backend("cpu").name != "cpp":
+        pytest.skip(f"no C++ kernel: {S.backend('cpu').reason}")
+    library = S.build("cpp")
+    for place in (tmp_path, tmp_path / library.stem, tmp_path / f"{library.stem}abc"):
+        place.mkdir(exist_ok=True)
+        (place / "lock").touch()                            # as a killed build leaves it behind
+    for processes, limit in ((4, 15), (1, 1)):
+        for process in [start(tmp_path) for _ in range(processes)]:
+            out, err = process.communicate(timeout=60)
+            assert out.startswith("cpp") and float(out.split()[1]) < limit, out + err
+    assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/no/such/compiler"}, {"TORCH_EXTENSIONS_DIR": "/dev/null/no"}])
+def test_without_a_build_it_falls_back_and_says_why_in_one_line(tmp_path, environment):
+    free, forced = start(tmp_path, **environment), start(tmp_path, SCAN_BACKEND="cpp", **environment)
+    out, err = free.communicate(timeout=60)
+    assert out.startswith("torch"), out + err
+    assert err.count("scan: no cpp kernel") == 1 and len(err.strip().splitlines()) == 1, err
+    out, err = forced.communicate(timeout=60)
+    assert forced.returncode != 0 and "SCAN_BACKEND=cpp has no kernel" in err, out + err
+
+
+def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.path.exists(nvcc):
+        pytest.skip("no nvcc here")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    (tmp_path / "scan.cu").write_text(S.KERNEL)
+    compiling = {code: subprocess.Popen(
+        [nvcc, "-O3", "-std=c++17", f"-arch={code}", "-Xptxas", "-v", "-c", "scan.cu", "-o", f"{code}.o"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for code in ("sm_75", "sm_80", "sm_90", "sm_100") if code in known}
+    for code, process in compiling.items():
+        report = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, report
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+        print(f"{code}: {len(registers)} kernels, {min(registers)}-{max(registers)} registers")
+        assert len(registers) == 40 and not any(spills)
 
 
 def test_demonstration(capsys):
     S.main()
-    assert "torch.add" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert S.backend("cpu").name in out and "torch" in out
+    assert all(float(e) < 3e-6 for e in re.findall(r"(?:h|da|dx|dh0) (\d\S+)", out.split("time")[0]))
