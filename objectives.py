@@ -55,10 +55,12 @@ _MASKED = dict(masked=(15, 85), mean_span=(3, 8, 32))
 CONFIGURATIONS = (
     ('next_token_prediction', ((256, 2048),), {}),
     ('prefix_lm', ((512, 2048),), {}),
-    ('selective_copying', ((384, 768), (768, 1536)), dict(n_spans=(1, 2, 3, 4), query=('before', 'after'))),
+    ('selective_copying', ((384, 768), (768, 1536)),
+     dict(n_spans=(1, 2, 3, 4), query=('before', 'after'))),
     ('copying', ((64, 256), (256, 1014)), {}),
     ('deshuffling', ((128, 256), (512, 1024)), dict(shuffled=(50, 100))),
-    ('infilling', ((128, 256), (256, 512), (512, 1024), (1024, 2048)), _MASKED | dict(masked=(5, 15, 50))),
+    ('infilling', ((128, 256), (256, 512), (512, 1024), (1024, 2048)),
+     dict(masked=(5, 15, 50), mean_span=(3, 8, 32))),
     ('autoencoding', ((192, 384), (384, 768), (768, 1536)), _MASKED),
     ('autoencoding_deshuffling', ((192, 384), (384, 768), (768, 1536)), _MASKED),
 )
@@ -94,11 +96,14 @@ class Tokenizer:
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def decode(self, ids) -> str:
-        """Special tokens are shown by name, such as <GEN>."""
+        """Special tokens are shown by name, such as <GEN>; the few ids that some encodings skip, as <?>."""
         parts = []
         for special, run in itertools.groupby(np.asarray(ids).tolist(), lambda i: i >= self.n_text):
-            parts += [self.special_names[i - self.n_text] for i in run] if special else [
-                self._encoding.decode_bytes(list(run)).decode('utf-8', 'replace')]
+            try:
+                parts += [self.special_names[i - self.n_text] for i in run] if special else [
+                    self._encoding.decode_bytes(list(run)).decode('utf-8', 'replace')]
+            except KeyError:
+                parts.append('<?>')
         return ''.join(parts)
 
 
@@ -166,7 +171,8 @@ def _pieces(path: Path):
                     text = json.loads(line)['text'] if line.strip() else ''
                     pieces = [(i == 0, text[i:i + CHUNK] + '') for i in range(0, len(text), CHUNK)]
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, {remedy}') from None
+                    raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, '
+                                     f'{remedy}') from None
                 yield from pieces
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} is not UTF-8 text ({e.reason}): convert it, {remedy}') from None
@@ -213,7 +219,8 @@ def _open(path: str, dtype: str) -> np.memmap:
 def _check_nanogpt(path: Path, tok: Tokenizer) -> None:
     n_bytes = path.stat().st_size if path.is_file() else 0
     if not n_bytes or n_bytes % 2:
-        raise ValueError(f'{path} is missing, empty or not whole uint16 numbers ({n_bytes} bytes): prepare it again')
+        raise ValueError(f'{path} is missing, empty or not whole uint16 numbers ({n_bytes} bytes): '
+                         'prepare it again')
     ids = _open(str(path), 'uint16')
     top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
     if top >= tok.n_text:
@@ -290,9 +297,11 @@ class Arm:
 
     @property
     def name(self) -> str:
-        parts = [f'{self.shortest}-{self.longest}', f'{self.masked}%-span{self.mean_span}' * (self.masked > 0),
-                 f'{self.shuffled}%' * (self.shuffled > 0), f'{self.n_spans}spans' * (self.n_spans > 0), self.query]
-        return '-'.join([self.cls] + [part for part in parts if part and self.cls != CLASSES[0]])
+        if self.cls == 'next_token_prediction':
+            return self.cls
+        options = (self.masked and f'{self.masked}%-span{self.mean_span}', self.shuffled and f'{self.shuffled}%',
+                   self.n_spans and f'{self.n_spans}spans-{self.query}')
+        return '-'.join([self.cls, f'{self.shortest}-{self.longest}', *filter(None, options)])
 
     @property
     def n_done(self) -> int:
@@ -342,7 +351,8 @@ def arms(block_size: int) -> tuple[Arm, ...]:
     is printed once.
     """
     if block_size < MIN_BLOCK:
-        raise ValueError(f'block_size {block_size} has no room for every class: pass --block_size {MIN_BLOCK} or more')
+        raise ValueError(f'block_size {block_size} has no room for every class: pass --block_size '
+                         f'{MIN_BLOCK} or more')
     kept, dropped = [], []
     for cls, ranges, options in CONFIGURATIONS:
         for (low, high), *values in itertools.product(ranges, *options.values()):
@@ -455,7 +465,8 @@ def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
         spans = rng.integers(SPAN[0], arm.longest_span + 1, k)
         first = int(rng.integers(len(text) - stretch + 1))
         slack = stretch - int(spans.sum()) - k - 1  # a token at least around each span
-        starts = first + np.sort(rng.integers(slack + 1, size=k)) + np.arange(1, k + 1) + np.cumsum(spans) - spans
+        starts = first + np.arange(1, k + 1) + np.cumsum(spans) - spans
+        starts += np.sort(rng.integers(slack + 1, size=k))
         if not once[starts].all():
             continue
         before, after = rng.integers(1, DELIMITER + 1, (2, k))
@@ -475,7 +486,8 @@ def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
         start, end = starts[i], starts[i] + spans[i]
         query += [[tok.START], text[start - before[i]:start], [tok.END], text[end:end + after[i]]]
         label += [text[start:end], [tok.DONE]]
-    return np.concatenate(query + context if arm.query == 'before' else context + query), np.concatenate(label)
+    prefix = query + context if arm.query == 'before' else context + query
+    return np.concatenate(prefix), np.concatenate(label)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -483,7 +495,8 @@ def lay_out(rows: list, block_size: int, tok: Tokenizer) -> dict:
     """Rows of samples (arm index, prefix, label) as the arrays of a batch, (B, T) each."""
     shape = len(rows), block_size
     out = {'tokens': np.full(shape, tok.PAD, np.int64), 'targets': np.full(shape, IGNORE, np.int64),
-           'reset': np.full(shape, RESET_FORWARD | RESET_REVERSE, np.uint8), 'arm': np.full(shape, -1, np.int16)}
+           'reset': np.full(shape, RESET_FORWARD | RESET_REVERSE, np.uint8),
+           'arm': np.full(shape, -1, np.int16)}
     for samples, tokens, targets, reset, arm in zip(rows, *out.values()):
         start = 0
         for index, prefix, label in samples:
@@ -520,8 +533,8 @@ class Batches:
         self.by_size = np.argsort(self.usual, kind='stable')
         need = max(arm.longest + arm.room for arm in self.arms)
         if min(corpus.size.values()) < need:
-            raise ValueError(f'a sample takes up to {need} tokens, but there are {corpus.size}: pass more text as '
-                             '--data or a smaller --block_size')
+            raise ValueError(f'a sample takes up to {need} tokens, but there are {corpus.size}: pass more '
+                             'text as --data or a smaller --block_size')
 
     def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
         """(B, T) arrays: tokens and targets (int64), reset (uint8), arm (int16, index into self.arms).
@@ -530,7 +543,8 @@ class Batches:
         """
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.arms),) or not (action >= 0).all() or abs(action.sum() - 1) > 1e-3:
-            raise ValueError(f'an action is {len(self.arms)} probabilities, not {action.shape} with sum {action.sum()}')
+            raise ValueError(f'an action is {len(self.arms)} probabilities, not {action.shape} with sum '
+                             f'{action.sum()}')
         rng = np.random.Generator(np.random.PCG64([seed, rank, step, ('train', 'val').index(split)]))
         chosen = self._choose(action, self._count(action.tobytes()), rng.random(dtype=np.float32))
         placed = self._place(chosen)
@@ -579,7 +593,7 @@ class Batches:
 
     def _row(self, members: np.ndarray, rng, split: str) -> list:
         low, high = self.low[members], self.high[members]
-        size = np.where(members == 0, high, low + rng.random(len(members)) * (high - low))
+        size = low + rng.random(len(members)) * (high - low)
         spare = self.block_size - size.sum()
         give = high - size if spare > 0 else size - low
         size += give * np.clip(spare / max(1, give.sum()), -1, 1)
@@ -605,7 +619,7 @@ class Batches:
 
 
 class Loader:
-    """The same batches as torch tensors, made ahead by worker processes (one thread each) that stay alive."""
+    """The same batches as torch tensors, made ahead by worker processes of one thread that stay alive."""
 
     def __init__(self, batches: Batches, seed: int, rank: int = 0, workers: int = 0):
         self.seed, self.rank, self.keys = seed, rank, []
@@ -621,8 +635,8 @@ class Loader:
 # --------------------------------------------------------------------------------- demonstration
 def demo() -> None:
     tok = Tokenizer(n_masks=256)
-    rng, text = np.random.default_rng(1), tok.encode('The bird that sings at dawn is not the bird that sings at dusk.')
-    samples = []
+    text = tok.encode('The bird that sings at dawn is not the bird that sings at dusk.')
+    rng, samples = np.random.default_rng(1), []
     for cls, _, options in CONFIGURATIONS:
         arm = Arm(cls, 20, 80, **{option: values[-1] for option, values in options.items()})
         arm = replace(arm, **dict(mean_span=8) if arm.mean_span else dict(n_spans=1) if arm.n_spans else {})

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -184,6 +185,12 @@ def test_shuffles_move_the_share_they_should(tok):
             assert in_order == (arm.cls == 'autoencoding')
 
 
+def test_questions_come_in_any_order(tok):
+    arm, rng = Arm('selective_copying', 384, 768, n_spans=2, query='after'), np.random.default_rng(0)
+    labels = [make_sample(arm, 10_000 + np.arange(600), rng, tok)[1] for _ in range(100)]
+    assert 30 < sum(label[0] < label[-2] for label in labels) < 70
+
+
 def test_text_that_repeats_itself_or_has_the_wrong_length_is_refused(tok):
     arm = next(arm for arm in arms(2048) if arm.n_spans == 4)
     with pytest.raises(NotUnique):
@@ -248,6 +255,10 @@ def test_next_token_prediction_fills_its_rows(batches):
     assert (batch['arm'] == 0).all() and ((batch['reset'] & 1).sum(1) == 1).all()
 
 
+def test_batches_go_to_spawned_workers_without_their_text(batches):
+    assert len(pickle.dumps(batches)) < 100_000
+
+
 def digest(batch):
     return hashlib.sha256(b''.join(np.asarray(batch[key]).tobytes() for key in sorted(batch))).hexdigest()
 
@@ -284,6 +295,13 @@ def test_any_text_survives_the_tokenizer(tok):
     assert tok.decode(tok.encode('a\ud800b')) == 'a\ufffdb'
     assert tok.decode([tok.GEN, *tok.encode('é'), tok.MASKS[7], tok.paradigm['copying']]) == '<GEN>é<MASK_7><COPYING>'
     assert len(set(tok.special_names)) == tok.vocab_size - tok.n_text == 9 + 7 + 256
+
+
+def test_an_id_without_text_is_shown_as_such():
+    tok = Tokenizer('bytes', 8)
+    ranks = {bytes([i]): i + (i > 100) for i in range(256)}             # like cl100k_base, skips an id
+    tok._encoding = objectives.tiktoken.Encoding('gap', pat_str='.', mergeable_ranks=ranks, special_tokens={})
+    assert tok.decode([tok.GEN, 101, tok.DONE, 100]) == '<GEN><?><DONE>d'
 
 
 @pytest.fixture
@@ -337,6 +355,9 @@ def test_odd_text_is_kept(tok, tmp_path):
     corpus = Corpus(str(tmp_path / 'odd.jsonl'), tok)
     joined = np.append(stream(corpus, 'train'), stream(corpus, 'val'))
     assert tok.decode(joined) == '<END_OF_TEXT>a\0b\ufffdc<END_OF_TEXT>\r\n'
+    (tmp_path / 'odd.txt').write_bytes(b'\xef\xbb\xbfa\0\r\nb\rc\n')  # begins with a byte order mark
+    corpus = Corpus(str(tmp_path / 'odd.txt'), tok)
+    assert tok.decode(np.append(stream(corpus, 'train'), stream(corpus, 'val'))) == '<END_OF_TEXT>a\0\r\nb\rc\n'
 
 
 def test_text_is_tokenised_once_also_by_two_at_a_time(tok, tmp_path, monkeypatch):
