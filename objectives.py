@@ -531,6 +531,9 @@ class Batches:
         self.usual = (self.low + self.high) / 2
         self.usual[0] = self.high[0]  # next token prediction
         self.by_size = np.argsort(self.usual, kind='stable')
+        if tok.n_masks < block_size // 8:
+            raise ValueError(f'a tokenizer with n_masks {tok.n_masks} numbers too few spans for block_size '
+                             f'{block_size}: make it with {block_size // 8} or pass a smaller --block_size')
         need = max(arm.longest + arm.room for arm in self.arms)
         if min(corpus.size.values()) < need:
             raise ValueError(f'a sample takes up to {need} tokens, but there are {corpus.size}: pass more '

@@ -428,6 +428,8 @@ def test_what_cannot_be_used_says_so_in_one_line(tok, tmp_path, monkeypatch):
         Tokenizer('gpt2')
     with pytest.raises(ValueError, match='pass --block_size 64 or more'):
         arms(32)
+    with pytest.raises(ValueError, match='make it with 256'):
+        Batches(None, Tokenizer('bytes', 255), 2048, 8)
     (tmp_path / 'a.txt').write_text('too little')
     with pytest.raises(ValueError, match='more text as --data'):
         Batches(Corpus(str(tmp_path / 'a.txt'), tok), tok, 256, 8)
