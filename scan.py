@@ -27,6 +27,7 @@ Run it:  python scan.py        every backend against the loop, then a timing tab
 Departures from the paper: it writes the mask as the numbers 1 and 2; here they are bits, because a
 sample with an empty prefix needs both on one token. A right-to-left channel may be cut anywhere.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -39,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -118,39 +120,36 @@ def cut(t, reset, bit):
 
 def torch_forward(a, x, reset, n_reverse, h0, h):
     """Write h, by PyTorch operations. Storage types below float32 are computed in float32."""
-    work = torch.promote_types(x.dtype, torch.float32)              # float64 stays, for gradcheck
+    work = torch.promote_types(x.dtype, torch.float32)          # float64 stays, for gradient checks
     out = h if h.dtype == work else torch.empty_like(h, dtype=work)
     for channels, bit, reverse in directions(x.shape[-1], n_reverse):
         state = 0 if h0 is None or reverse else h0[:, channels]
         chunked_scan(cut(a[..., channels].to(work), reset, bit), x[..., channels].to(work),
                      state, out[..., channels], reverse)
-    if out is not h:
-        h.copy_(out)
+    h.copy_(out)                                                # nothing, if out is h
 
 
 def torch_backward(a, h, g, reset, n_reverse, h0, da, dx, dh0):
     """Write da, dx and dh0: the same scan in the other direction, its gates shifted by one step."""
     work = torch.promote_types(h.dtype, torch.float32)
-    outs = [t if t.dtype == work else torch.empty_like(t, dtype=work) for t in (da, dx)]
+    out_a, out_x = (t if t.dtype == work else torch.empty_like(t, dtype=work) for t in (da, dx))
+    dh0.zero_()
     for channels, bit, reverse in directions(h.shape[-1], n_reverse):
         gate = cut(a[..., channels].to(work), reset, bit)
-        grad, H, dA, dX = (t[..., channels] for t in (g.to(work), h, *outs))
-        first, last = (-1, 0) if reverse else (0, -1)               # in the forward scan's order
+        G, H, dA, dX = (t[..., channels] for t in (g.to(work), h, out_a, out_x))
+        first, last = (-1, 0) if reverse else (0, -1)           # in the order of the forward scan
         early, late = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
-        dX[:, last] = grad[:, last]
+        dX[:, last], dA[:, first] = G[:, last], 0
         if h.shape[1] > 1:
-            chunked_scan(gate[:, late], grad[:, early], dX[:, last], dX[:, early], not reverse)
+            chunked_scan(gate[:, late], G[:, early], dX[:, last], dX[:, early], not reverse)
             torch.mul(dX[:, late], H[:, early], out=dA[:, late])
-        dA[:, first] = 0
-        dh0[:, channels] = 0
         if h0 is not None and not reverse:
-            torch.mul(dX[:, first], h0[:, channels], out=dA[:, first])
-            torch.mul(dX[:, first], gate[:, first], out=dh0[:, channels])
+            dA[:, first] = dX[:, first] * h0[:, channels]
+            dh0[:, channels] = dX[:, first] * gate[:, first]
         if reset is not None:
             dA.masked_fill_((reset & bit).bool().unsqueeze(-1), 0)
-    for t, out in zip((da, dx), outs):
-        if out is not t:
-            t.copy_(out)
+    da.copy_(out_a)
+    dx.copy_(out_x)
 
 
 # ---- the kernel: one source for nvcc and the C++ compiler -----------------------------------------
@@ -175,7 +174,6 @@ struct Job {                        // field for field what Python passes
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
-typedef __half f16;
 #if __CUDA_ARCH__ >= 800
 #define END_OF_FETCH asm volatile("cp.async.commit_group;" ::: "memory")
 #define WAIT_FOR_ALL_BUT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
@@ -186,6 +184,11 @@ typedef __half f16;
 #define ANY __host__ __device__ __forceinline__
 #define KERNEL __device__ __forceinline__
 #define EACH(v) _Pragma("unroll") for (int v = 0; v < V; v++)
+struct f16 {                        // torch's compiler flags take away __half's own conversions
+    __half value;
+    ANY void operator=(float f) { value = __float2half_rn(f); }
+    ANY operator float() const { return __half2float(value); }
+};
 template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Row {     // registers
     T value[V];
     KERNEL T& operator[](int v) { return value[v]; }
@@ -390,29 +393,24 @@ class Job(ctypes.Structure):
                                            "reset_b reset_t backward chunk width vector threads".split()]
 
 
-def compiler_and_flags(kind):
-    """(compiler, flags, what it compiles for) of the cpp or cuda backend."""
-    from torch.utils import cpp_extension
-    if kind == "cuda":
-        if cpp_extension.CUDA_HOME is None:
-            raise RuntimeError("no CUDA toolkit (nvcc) found; install one or set CUDA_HOME")
-        target = "".join(map(str, torch.cuda.get_device_capability()))
-        return f"{cpp_extension.CUDA_HOME}/bin/nvcc", ["-O3", "-std=c++17"], target
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    target = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]         # Apple's compiler has none
-    return cpp_extension.get_cxx_compiler(), ["-O3", "-march=native", "-std=c++17", *openmp], target
-
-
 def build(kind):
-    """The compiled kernel's file. Its name tells torch, compiler, flags, processor and source apart.
+    """The compiled kernel's file, named by torch, compiler, flags, processor and source.
 
     Each process builds in a folder of its own and moves the result into place in one step, so no
     lock is ever waited for, and processes that start together do not disturb each other.
     """
     from torch.utils import cpp_extension
-    compiler, flags, target = compiler_and_flags(kind)
+    cuda, flags, links = cpp_extension.CUDA_HOME, ["-O3", "-std=c++17"], []
+    if kind == "cuda":
+        if cuda is None:
+            raise RuntimeError("no CUDA toolkit (nvcc) found; install one or set CUDA_HOME")
+        compiler, target = f"{cuda}/bin/nvcc", str(torch.cuda.get_device_capability())
+        links = [f"-Wl,-rpath,{cuda}/lib64"]
+    else:
+        compiler, info = cpp_extension.get_cxx_compiler(), pathlib.Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        target = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+        flags += ["-march=native"] + ["-fopenmp"] * (sys.platform != "darwin")      # Apple's has no OpenMP
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256("\n".join([torch.__version__, version, *flags, target, KERNEL]).encode()).hexdigest()
     name = f"birdie_scan_{kind}_{key[:16]}"
@@ -424,8 +422,7 @@ def build(kind):
             source = pathlib.Path(folder, "scan.cu" if kind == "cuda" else "scan.cpp")
             source.write_text(KERNEL)
             cpp_extension.load(name, [str(source)], extra_cflags=flags, extra_cuda_cflags=flags,
-                               build_directory=folder, is_python_module=False,
-                               extra_ldflags=[] if kind == "cpp" else [f"-Wl,-rpath,{cpp_extension.CUDA_HOME}/lib64"])
+                               extra_ldflags=links, build_directory=folder, is_python_module=False)
             os.replace(pathlib.Path(folder, f"{name}.so"), library)
     return library
 
@@ -462,63 +459,55 @@ def backend(device="cpu") -> Backend:
 
 
 def chunk_length(x):
-    """Steps of a chunk. One chunk if the lanes alone keep enough of the card's memory busy: 40 KB a step."""
+    """Steps of a chunk: all of them if the lanes alone keep the memory busy (40 KB a step, measured)."""
     B, T, D = x.shape
     if x.device.type == "cpu" or B * D * x.element_size() >= 40_000 or T < 256:
         return T
     return max(64, -(-T * B * D // 65536))              # about 65536 pieces of work; our choice
 
 
-def run_kernel(name, a, x, h, reset, n_reverse, h0, out, da=None, dh0=None):
-    """Forward: x to out = h. Backward: x is g, out is dx. Only channels must be next to each other."""
+def run_kernel(a, x, h, reset, n_reverse, h0, out, da=None, dh0=None):
+    """Forward: from x to out = h. Backward: from x = g to out = dx, da and dh0."""
+    if x.numel() == 0:
+        return
     B, T, D = x.shape
     a, x, h = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, x, h))
     V, threads, chunk = 16 // x.element_size(), torch.get_num_threads(), chunk_length(x)
-    aligned = all(n % 16 == 0 for t in (a, x, h, out, a if da is None else da)
-                  for n in (t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size()))
+    bytes_apart = [n for t in (a, x, h, out, a if da is None else da)
+                   for n in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:2]))]
     parts = 1 if threads == 1 else -(-4 * threads // B)         # of a row, so that every thread has work
-    chunks = torch.empty(2 if chunk < T else 0, B, -(-T // chunk), D, device=x.device)
-    pointer = {"a": a, "x": x, "h": h, "reset": reset, "h0": h0, "out": out, "da": da, "dh0": dh0,
-               **dict(zip("ep", chunks))}
-    job = Job(**{key: t.data_ptr() for key, t in pointer.items() if t is not None},
+    e, p = torch.empty(2, B, -(-T // chunk), D, device=x.device) if chunk < T else (None, None)
+    tensors = {"a": a, "x": x, "h": h, "reset": reset, "h0": h0, "out": out, "da": da, "dh0": dh0, "e": e, "p": p}
+    job = Job(**{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+              **{f"{name}_{axis}": tensors[name].stride(dim) for name in ("a", "x", "h", "reset")
+                 if tensors[name] is not None for dim, axis in enumerate("bt")},
               a_type=KERNEL_TYPES.index(a.dtype), x_type=KERNEL_TYPES.index(x.dtype), B=B, T=T, D=D,
-              n_reverse=n_reverse, a_b=a.stride(0), a_t=a.stride(1), x_b=x.stride(0), x_t=x.stride(1),
-              h_b=h.stride(0), h_t=h.stride(1), reset_b=0 if reset is None else reset.stride(0),
-              reset_t=0 if reset is None else reset.stride(1), backward=da is not None, chunk=chunk,
-              width=min(4096, max(128, -(-D // parts))), threads=threads,
-              vector=aligned and D % V == 0 and n_reverse % V == 0)
-    if name == "cuda":
-        with torch.cuda.device(x.device):
-            job.stream = torch.cuda.current_stream().cuda_stream
-            error = load(name)[0].birdie_scan(ctypes.byref(job))
-    else:
-        error = load(name)[0].birdie_scan(ctypes.byref(job))
+              n_reverse=n_reverse, backward=da is not None, chunk=chunk, threads=threads,
+              vector=all(n % 16 == 0 for n in bytes_apart) and D % V == 0 and n_reverse % V == 0,
+              width=min(4096, max(128, -(-D // parts))))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        job.stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
+        error = load("cuda" if x.is_cuda else "cpp")[0].birdie_scan(ctypes.byref(job))
     if error:
-        raise RuntimeError(f"scan kernel on {x.device}: CUDA error {error} for a {tuple(a.shape)}")
+        raise RuntimeError(f"scan kernel on {x.device}: CUDA error {error} for x {tuple(x.shape)}")
+
+
+def kernel_forward(a, x, reset, n_reverse, h0, h):
+    run_kernel(a, x, x, reset, n_reverse, h0, h)
+
+
+def kernel_backward(a, h, g, reset, n_reverse, h0, da, dx, dh0):
+    run_kernel(a, g, h, reset, n_reverse, h0, dx, da, dh0)
+
+
+def implementation(x):
+    """(forward, backward) for x, which write what they compute. Float64, for gradient checks, is PyTorch's."""
+    if x.dtype not in KERNEL_TYPES or backend(x.device).name == "torch":
+        return torch_forward, torch_backward
+    return kernel_forward, kernel_backward
 
 
 # ---- the operator, its gradient, and the public function ------------------------------------------
-
-def choose(x):
-    """The backend of x; float64, for gradient checks, is PyTorch's."""
-    return backend(x.device).name if x.dtype in KERNEL_TYPES else "torch"
-
-
-def run_forward(name, a, x, reset, n_reverse, h0, h):
-    """Write h."""
-    if name == "torch":
-        torch_forward(a, x, reset, n_reverse, h0, h)
-    elif x.numel():
-        run_kernel(name, a, x, x, reset, n_reverse, h0, h)
-
-
-def run_backward(name, a, h, g, reset, n_reverse, h0, da, dx, dh0):
-    """Write da, dx and dh0."""
-    if name == "torch":
-        torch_backward(a, h, g, reset, n_reverse, h0, da, dx, dh0)
-    elif h.numel():
-        run_kernel(name, a, g, h, reset, n_reverse, h0, dx, da, dh0)
-
 
 torch.library.define("birdie::scan", "(Tensor a, Tensor x, Tensor? reset, int n_reverse, Tensor? h0) -> Tensor")
 torch.library.define("birdie::scan_backward", "(Tensor a, Tensor h, Tensor g, Tensor? reset, int n_reverse, "
@@ -537,16 +526,16 @@ def new_gradients(a, h, g, reset, n_reverse, h0):
 
 
 @torch.library.impl("birdie::scan", "default")
-def scan_forward(a, x, reset, n_reverse, h0):
+def forward(a, x, reset, n_reverse, h0):
     h = new_states(a, x, reset, n_reverse, h0)
-    run_forward(choose(x), a, x, reset, n_reverse, h0, h)
+    implementation(x)[0](a, x, reset, n_reverse, h0, h)
     return h
 
 
 @torch.library.impl("birdie::scan_backward", "default")
-def scan_backward(a, h, g, reset, n_reverse, h0):
+def backward(a, h, g, reset, n_reverse, h0):
     gradients = new_gradients(a, h, g, reset, n_reverse, h0)
-    run_backward(choose(h), a, h, g, reset, n_reverse, h0, *gradients)
+    implementation(h)[1](a, h, g, reset, n_reverse, h0, *gradients)
     return gradients
 
 
@@ -610,24 +599,16 @@ def check(a, x, reset, n_reverse, h0):
 # ---- demonstration ---------------------------------------------------------------------------------
 
 def peers(device):
-    """Other packages' scans, where installed, with the copies that their layouts need."""
-    found = {}
-    try:
+    """(name, scan) of other packages, where installed, with the copies that their layouts need."""
+    if find_spec("mambapy"):
         from mambapy.pscan import pscan
-        found["mambapy"] = lambda a, x: pscan(a[..., None], x[..., None])[..., 0]
-    except ImportError:
-        pass
-    try:
+        yield "mambapy", lambda a, x: pscan(a[..., None], x[..., None])[..., 0]
+    if find_spec("accelerated_scan") and device == "cuda":
         from accelerated_scan.warp import scan as warp
-        found["accelerated-scan"] = lambda a, x: warp(a.mT.contiguous(), x.mT.contiguous()).mT
-    except ImportError:
-        pass
-    try:
+        yield "accelerated-scan", lambda a, x: warp(a.mT.contiguous(), x.mT.contiguous()).mT
+    if find_spec("fla") and device == "cuda":
         from fla.ops.hgrn import fused_recurrent_hgrn
-        found["fla hgrn"] = lambda a, x: fused_recurrent_hgrn(x, a.log())[0]
-    except ImportError:
-        pass
-    return {name: f for name, f in found.items() if device == "cuda" or name == "mambapy"}
+        yield "fla hgrn", lambda a, x: fused_recurrent_hgrn(x, a.log())[0]
 
 
 def median_ms(functions, device):
@@ -644,7 +625,7 @@ def median_ms(functions, device):
     return [statistics.median(t[1:]) for t in times]            # the first turn warms up
 
 
-def show_errors(names, device):
+def show_errors(backends, device):
     """Each backend against the loop in float64: resets, both directions and h0 at once."""
     B, T, D = 2, 300, 32
     a, x, h0, g = torch.rand(B, T, D), torch.randn(B, T, D), torch.randn(B, D), torch.randn(B, T, D)
@@ -654,53 +635,49 @@ def show_errors(names, device):
     h = scan_loop(exact[0], exact[1], reset, D // 2, exact[2])
     want = [h, *torch.autograd.grad(h, exact, g.double())]
     a, x, h0, g, reset = (t.to(device) for t in (a, x, h0, g, reset))
-    for name in names:
-        h, da, dx, dh0 = (torch.empty_like(t) for t in (x, a, x, h0))
-        run_forward(name, a, x, reset, D // 2, h0, h)
-        run_backward(name, a, h, g, reset, D // 2, h0, da, dx, dh0)
-        error = [((u.cpu() - v).abs().max() / v.abs().max()).item() for u, v in zip((h, da, dx, dh0), want)]
+    for name, (forward, backward) in backends.items():
+        h, da, dx, dh0 = got = [torch.empty_like(t) for t in (x, a, x, h0)]
+        forward(a, x, reset, D // 2, h0, h)
+        backward(a, h, g, reset, D // 2, h0, da, dx, dh0)
+        error = [((u.cpu() - v).abs().max() / v.abs().max()).item() for u, v in zip(got, want)]
         print(f"  {name:5s}  h {error[0]:.0e}  da {error[1]:.0e}  dx {error[2]:.0e}  dh0 {error[3]:.0e}")
 
 
-def show_times(names, device, shape, dtype):
-    """Forward, and forward and backward, as multiples of the time that reading and writing take."""
-    a, x = (torch.rand(shape, device=device, dtype=dtype).requires_grad_() for _ in "ax")
-    g, h, da, dx = (torch.rand(shape, device=device, dtype=dtype) for _ in range(4))
-    dh0 = torch.empty(shape[0], shape[2], device=device)
-    A, X, called = a.detach(), x.detach(), {"scan": scan, **peers(device)}
-    limit = (lambda: h.copy_(g)) if device == "cuda" else lambda: torch.add(A, X, out=h)
-    functions = [limit]
-    for name in names:
-        functions += [functools.partial(run_forward, name, A, X, None, 0, None, h),
-                      functools.partial(run_backward, name, A, h, g, None, 0, None, da, dx, dh0)]
-    for f in called.values():                                   # as called: with its allocations
-        functions += [lambda f=f: f(A, X), lambda f=f: torch.autograd.grad(f(a, x), (a, x), g)]
+def show_times(backends, device, shape, dtype):
+    """Times, as multiples of what reading and writing takes: 3 tensors forward, 5 more backward."""
+    a, x, g, h, da, dx = (torch.rand(shape, device=device, dtype=dtype) for _ in range(6))
+    dh0, leaves = torch.empty(shape[0], shape[2], device=device), [t.clone().requires_grad_() for t in (a, x)]
+    functions = [(lambda: h.copy_(x)) if device == "cuda" else lambda: torch.add(a, x, out=h)]
+    for forward, backward in backends.values():
+        functions += [functools.partial(forward, a, x, None, 0, None, h),
+                      functools.partial(backward, a, h, g, None, 0, None, da, dx, dh0)]
+    called = {"scan, called": scan, **dict(peers(device))}      # with allocations and autograd
+    for f in called.values():
+        functions += [lambda f=f: f(a, x), lambda f=f: torch.autograd.grad(f(*leaves), leaves, g)]
     unit, *ms = median_ms(functions, device)
-    unit *= 1.5 if device == "cuda" else 1                      # a copy moves 2 of the forward's 3 tensors
-    print(f"  {shape} {str(dtype)[6:]}: 3 tensors read or written in {unit:.3f} ms")
-    for i, name in enumerate([*names, *called]):
-        forward, total = ms[2 * i], ms[2 * i + 1] + (ms[2 * i] if i < len(names) else 0)
-        print(f"    {name + ' kernel' * (name in names and name != 'torch'):16s} forward {forward:8.3f} ms"
-              f" = {forward / unit:5.2f}   with backward {total:8.3f} ms = {total / unit * 3 / 8:5.2f} x 8/3")
+    unit *= 1.5 if device == "cuda" else 1                      # a copy moves 2 tensors
+    print(f"  {shape} {str(dtype)[6:]}: 3 tensors in {unit:.3f} ms")
+    for i, name in enumerate([*backends, *called]):
+        first, both = ms[2 * i], ms[2 * i + 1] + (ms[2 * i] if name in backends else 0)
+        print(f"    {name:16s}  forward {first:8.3f} ms = {first / unit:5.2f}"
+              f"    forward and backward {both:8.3f} ms = {both / unit * 3 / 8:5.2f} x 8/3")
 
 
 def main():
     torch.manual_seed(0)
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         best, threads = backend(device), torch.get_num_threads()
-        names = [best.name] + ["torch"] * (best.name != "torch")
-        print(f"{device}: {best.name}{' (' + best.reason + ')' if best.reason else ''}")
+        print(f"{device}: {best.name} {best.reason}")
+        backends = {best.name: implementation(torch.empty(0, device=device)), "torch": (torch_forward, torch_backward)}
         print("largest error in float32 against a float64 loop, relative to the largest value")
-        show_errors(names, device)
-        print("time, in multiples of the memory limit" + (", one thread" if device == "cpu" else ""))
+        show_errors(backends, device)
+        print("times the memory limit" + (", one thread" if device == "cpu" else ""))
         torch.set_num_threads(1)
-        if device == "cpu":
-            for shape in ((4, 2048, 1024), (1, 16384, 512)):
-                show_times(names, device, shape, torch.float32)
-        else:
-            for shape in ((8, 2048, 2560), (16, 2048, 1536), (1, 131072, 512)):
-                for dtype in (torch.float32, torch.bfloat16):
-                    show_times(names, device, shape, dtype)
+        cpu = [((4, 2048, 1024), torch.float32), ((1, 16384, 512), torch.float32)]
+        gpu = [(shape, dtype) for shape in ((8, 2048, 2560), (16, 2048, 1536), (1, 131072, 512))
+               for dtype in (torch.float32, torch.bfloat16)]
+        for shape, dtype in cpu if device == "cpu" else gpu:
+            show_times(backends, device, shape, dtype)
         torch.set_num_threads(threads)
 
 
