@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -246,7 +247,8 @@ def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     (tmp_path / "scan.cu").write_text(S.KERNEL)
     compiling = {code: subprocess.Popen(
-        [nvcc, "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, f"-arch={code}", "-Xptxas", "-v", "-c", "scan.cu", "-o", f"{code}.o"],
+        [nvcc, "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, f"-arch={code}", "-Xptxas", "-v", "-c", "scan.cu",
+         "-o", f"{code}.o"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for code in ("sm_75", "sm_80", "sm_90", "sm_100") if code in known}
     for code, process in compiling.items():
