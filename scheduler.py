@@ -1,11 +1,20 @@
-"""scheduler.py -- which objective comes next: a probability for every arm.
+"""scheduler.py -- which objective comes next: fixed mixtures, and the bandit that learns a mixture.
 
-    action[k] = probability that a training sample is made by arm k          (section 3.3, A.6)
+    action[k]   probability that a training sample is made by arm k                 (section 3.3, A.6)
+    losses[k]   validation loss of arm k, in nats a label token
+    dL = (new - old) / old,   S = sqrt(old new)
+    reward      R = clip(-100 e tanh(e S dL^3), -1, 1): 1 for a fast fall of the loss    (section 3.3)
 
-An arm is one configuration of one objective class (objectives.arms). Every scheduler has one face:
+An arm is one configuration of one objective class (objectives.arms). The bandit keeps a history of
+(losses, action) -> rewards. At every evaluation its reward model, four causal Gated SSM layers over that
+history, is trained on all of it; then 2,048 random actions are tried in the model, and the mean of the
+eight with the highest predicted total is the action until the next evaluation. The total is the sum over
+classes of the mean over a class's arms, so a class with many arms counts as much as one with one.
 
+Every scheduler has one face:
     .action                  float64 (arms,): what samples are drawn by until the next evaluation
-    .update(step, losses)    told after every evaluation: validation loss of each arm, in nats a label token
+    .update(step, losses)    told after every evaluation
+    .predicted               the total reward expected of .action, None if no one predicts
     .state_dict(), .load_state_dict(state)
 
 Fixed mixtures (A.6, table 6), in shares of samples:
@@ -15,17 +24,52 @@ Fixed mixtures (A.6, table 6), in shares of samples:
               ratios are unpublished)
     uniform   every arm at equal weight
 
-Run it:  python scheduler.py      each mixture's share of every class
+Run it:  python scheduler.py                       the bandit in a simulated world of arms
+         python scheduler.py plot out/log.jsonl    figure 5 of a run: loss, accuracy and probability
+
+Departures, ours: proposals can reach the corners (see `propose`); the printed sign of dL is turned, so that
+improvement is rewarded.
 """
-from typing import Sequence
+import json
+import math
+import sys
+from typing import NamedTuple, Sequence
 
 import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-MIXTURES = ("ntp", "ul2", "fixed", "uniform")
+from model import Block, Layout, ModelConfig, RMSNorm
 
+MIXTURES = ("ntp", "ul2", "fixed", "uniform", "birdie", "birdie-causal")
+
+
+def reward(old, new):
+    """Reward for a loss that went from `old` to `new`: numbers or arrays, in [-1, 1] (section 3.3).
+
+    Our choice where the formula has no value: 0 where either loss is missing (nan), 1 for a return from
+    infinity, -1 for a rise to it or from a loss of 0.
+    """
+    old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
+    with np.errstate(all="ignore"):
+        value = -100 * math.e * np.tanh(math.e * np.sqrt(old * new) * ((new - old) / old) ** 3)
+    no_value = np.isinf(old) | np.isinf(new) | (old == 0)
+    value = np.where(no_value, np.sign((old > new) * 1.0 - (old < new)), value)
+    return np.clip(np.where(np.isnan(old) | np.isnan(new), 0.0, value), -1, 1)[()] + 0.0
+
+
+def class_weights(arms: Sequence) -> np.ndarray:
+    """(arms,): 1 / arms in the class, so that weights @ rewards is the total reward."""
+    classes = [arm.cls for arm in arms]
+    return np.array([1 / classes.count(cls) for cls in classes])
+
+
+# ---- fixed mixtures --------------------------------------------------------------------------------
 
 class FixedMixture:
     """A scheduler that never changes its mind."""
+    predicted = None
 
     def __init__(self, name: str, arms: Sequence):
         """arms: what objectives.arms gives. Raises ValueError for an unknown name, or a class left empty."""
@@ -39,8 +83,8 @@ class FixedMixture:
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("name") != self.name:
-            raise ValueError(f'the saved scheduler is {state.get("name")!r}, not {self.name!r}; '
-                             f'pass --mixture={state.get("name")}')
+            raise ValueError(f"the saved scheduler is {state.get('name')!r}, not {self.name!r}; "
+                             f"pass --mixture={state.get('name')}")
 
 
 def mixture(name: str, arms: Sequence) -> np.ndarray:
@@ -53,12 +97,11 @@ def mixture(name: str, arms: Sequence) -> np.ndarray:
                  (0.1, lambda arm: arm.cls == "infilling" and (arm.mean_span, arm.masked) == (3, 15)),
                  (0.1, lambda arm: arm.cls == "infilling" and (arm.mean_span, arm.masked) == (32, 50))]
     elif name == "fixed":
-        classes = sorted({arm.cls for arm in arms})
-        parts = [(1 / len(classes), lambda arm, cls=cls: arm.cls == cls) for cls in classes]
+        return class_weights(arms) / class_weights(arms).sum()
     elif name == "uniform":
         parts = [(1.0, lambda arm: True)]
     else:
-        raise ValueError(f'mixture {name!r} is unknown; choose one of {", ".join(MIXTURES)}')
+        raise ValueError(f"mixture {name!r} is unknown; choose one of {', '.join(MIXTURES)}")
     action = np.zeros(len(arms))
     for weight, chosen in parts:
         members = [k for k, arm in enumerate(arms) if chosen(arm)]
@@ -81,15 +124,272 @@ def evaluation_steps(max_steps: int, apart: int = 10) -> list[int]:
     return steps + [max_steps]
 
 
-def main():
-    from objectives import CLASSES, arms
-    every = arms(2048)
-    print(f'{"share of samples, %":26s}' + "".join(f"{name:>9s}" for name in MIXTURES))
-    for cls in CLASSES:
-        mine = np.array([arm.cls == cls for arm in every])
-        shares = [100 * mixture(name, every)[mine].sum() for name in MIXTURES]
-        print(f"{cls:26s}" + "".join(f"{share:9.1f}" for share in shares) + f"   {mine.sum():2d} arms")
+# ---- the bandit ------------------------------------------------------------------------------------
+
+def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str) -> np.ndarray:
+    """n random actions (n, arms), each a probability.
+
+    "flat": uniform numbers, normalised (figure 4). With 96 arms none of these gives an arm more than about
+    twice its share, so next token prediction could never pass 2%, yet figure 5 shows classes between 0
+    and 60%. "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each.
+    """
+    if kind == "flat":
+        weights = rng.random((n, len(arms)))
+    else:
+        classes = list(dict.fromkeys(arm.cls for arm in arms))
+        member = np.array([classes.index(arm.cls) for arm in arms])
+        shares = rng.dirichlet(np.full(len(classes), 0.5), n)                       # (n, classes)
+        within = rng.exponential(size=(n, len(arms)))
+        sums = np.stack([within[:, member == c].sum(1) for c in range(len(classes))], 1)
+        weights = shares[:, member] * within / sums[:, member]
+    return weights / weights.sum(1, keepdims=True)
+
+
+class RewardModel(nn.Module):
+    """(losses, action) at each evaluation so far -> the reward of every arm at the next (A.1.5)."""
+
+    def __init__(self, n_arms: int):
+        super().__init__()
+        self.config = ModelConfig(d_model=256, d_state=256, n_layer=4, block_size=64, causal=True, conv_width=0)
+        self.norms = nn.ModuleList([RMSNorm(n_arms), RMSNorm(n_arms)])
+        self.W_in = nn.Linear(2 * n_arms, 256)
+        self.blocks = nn.ModuleList(Block(self.config, layer) for layer in range(self.config.n_layer))
+        self.norm = RMSNorm(256)
+        self.W_reward = nn.Linear(256, n_arms)
+
+    def forward(self, losses, actions, states=None):
+        """losses, actions (B, K, arms) -> rewards (B, K, arms), and each block's state after step K."""
+        B, K, _ = losses.shape
+        layout = Layout(torch.zeros(B, K, dtype=torch.uint8), self.config, last=torch.full((B,), K - 1))
+        x = self.W_in(torch.cat([norm(part) for norm, part in zip(self.norms, (losses, actions))], -1))
+        new_states = []
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
+            x, state = block(x, layout, state)
+            new_states.append(state)
+        return self.W_reward(self.norm(x)), new_states
+
+
+class Birdie:
+    """The bandit. Deterministic: the same seed, losses and steps give the same actions."""
+
+    def __init__(self, arms: Sequence, max_steps: int, seed: int = 0, proposals: str = "hierarchical",
+                 n_proposals: int = 2048, n_best: int = 8, train_steps: int = 200, lr: float = 1e-3):
+        self.arms, self.seed, self.proposals = arms, seed, proposals
+        self.n_proposals, self.n_best, self.train_steps = n_proposals, n_best, train_steps
+        self.first_choice = round(250 * max_steps / 32000)     # uniform until then (A.1)
+        self.weights = class_weights(arms)
+        self.action, self.predicted = np.full(len(arms), 1 / len(arms)), None
+        self.losses, self.actions = [], []                     # the history: losses, and the action from then on
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = RewardModel(len(arms))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1,
+                                           fused=True)
+        self.errors = []                                       # mean squared error after each update
+
+    def update(self, step: int, losses: np.ndarray) -> None:
+        """Learn from what the last action did, and choose the next."""
+        self.losses.append(np.asarray(losses, np.float64))
+        if len(self.losses) > 1:
+            self.fit()
+        if step >= self.first_choice and len(self.losses) > 1:
+            self.action, self.predicted = self.choose()
+        self.actions.append(self.action)
+
+    def history(self):
+        """Losses, actions (1, K, arms) as the model reads them: missing losses count as 0."""
+        losses = torch.tensor(np.nan_to_num(self.losses, nan=0.0, posinf=100.0), dtype=torch.float32)
+        return losses[None], torch.tensor(np.array(self.actions), dtype=torch.float32)[None]
+
+    def fit(self) -> None:
+        losses, actions = self.history()
+        rewards = np.array([reward(old, new) for old, new in zip(self.losses, self.losses[1:])])
+        target = torch.tensor(rewards, dtype=torch.float32)[None]                 # (1, K, arms)
+        for _ in range(self.train_steps):
+            error = F.mse_loss(self.model(losses[:, :-1], actions)[0], target)
+            self.optimizer.zero_grad()
+            error.backward()
+            self.optimizer.step()
+        self.errors.append(error.item())
+
+    @torch.no_grad()
+    def choose(self):
+        """-> (the mean of the best proposals, the total reward predicted for it)."""
+        rng = np.random.default_rng([self.seed, len(self.losses)])
+        proposals = propose(self.arms, self.n_proposals, rng, self.proposals)
+        losses, actions = self.history()
+        _, states = self.model(losses[:, :-1], actions)
+        weights = torch.tensor(self.weights, dtype=torch.float32)
+
+        def total(candidates):
+            n = len(candidates)
+            grown = [(h0.expand(n, -1), None) for h0, _ in states]
+            candidates = torch.tensor(candidates, dtype=torch.float32)[:, None]
+            return self.model(losses[:, -1:].expand(n, 1, -1), candidates, grown)[0][:, 0] @ weights
+
+        best = total(proposals).topk(self.n_best).indices.numpy()
+        action = proposals[best].mean(0)
+        action /= action.sum()
+        return action, float(total(action[None]))
+
+    def state_dict(self) -> dict:
+        return {"name": "birdie", "action": torch.tensor(self.action), "predicted": self.predicted,
+                "losses": torch.tensor(np.array(self.losses)), "actions": torch.tensor(np.array(self.actions)),
+                "errors": list(self.errors),
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state.get("name") != "birdie" or len(state["action"]) != len(self.arms):
+            raise ValueError(f"the saved scheduler is {state.get('name')!r} over {len(state.get('action', ()))} arms, "
+                             f"not birdie over {len(self.arms)}; resume with the saved --mixture and --block_size")
+        self.action, self.predicted, self.errors = state["action"].numpy(), state["predicted"], list(state["errors"])
+        self.losses, self.actions = list(state["losses"].numpy()), list(state["actions"].numpy())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0):
+    """The scheduler of that name; birdie-causal is birdie on a model without bidirectional blocks (A.6)."""
+    return Birdie(arms, max_steps, seed) if name in ("birdie", "birdie-causal") else FixedMixture(name, arms)
+
+
+# ---- a simulated world, where the truth is known ----------------------------------------------------
+
+class SimulatedArm(NamedTuple):
+    name: str
+    cls: str
+
+
+class World:
+    """Eight classes of four arms whose losses fall by known laws, told apart only by their losses.
+
+    Class roles, dealt out by the seed: two useless (training on them changes nothing), two that saturate
+    (soon learnt), two teachers (their own loss falls, and that of one hard class each, thrice as fast as by
+    its own training), two hard (a large loss that falls slowly). Arms of a class differ in speed.
+    """
+    roles = ("useless", "useless", "saturates", "saturates", "teacher", "teacher", "hard", "hard")
+
+    def __init__(self, seed: int, per_class: int = 4):
+        self.rng = rng = np.random.default_rng([7, seed])
+        role = rng.permutation(self.roles)
+        self.arms = [SimulatedArm(f"{role[c]}-{c}-{k}", f"{role[c]}-{c}") for c in range(8) for k in range(per_class)]
+        self.role = np.repeat(role, per_class)
+        n = len(self.arms)
+        speed = {"useless": 0, "saturates": 12, "teacher": 3, "hard": 1}
+        self.teaches = np.zeros((n, n))                      # [by training on, skill gained in]
+        of_class = np.repeat(np.arange(8), per_class)
+        pupils = dict(zip(np.flatnonzero(role == "teacher"), np.flatnonzero(role == "hard")))
+        for k in range(n):
+            mine = of_class == of_class[k]
+            self.teaches[k, mine] = speed[self.role[k]] / per_class
+            if of_class[k] in pupils:
+                self.teaches[k, of_class == pupils[of_class[k]]] = 3 / per_class
+        self.teaches *= rng.uniform(0.5, 2, (n, 1))
+        self.floor, self.fall = rng.uniform(0.3, 1, n), np.where(self.role == "hard", 4.0, 1.5) * rng.uniform(0.7, 1.3, n)
+        self.skill = np.zeros(n)
+
+    def losses(self, noise: float = 0.003):
+        """Validation losses (arms,), with the noise of a finite validation set."""
+        return (self.floor + self.fall * np.exp(-self.skill)) * (1 + noise * self.rng.standard_normal(len(self.arms)))
+
+    def train(self, action, time):
+        """`time`: the share of the run that passes under this action."""
+        self.skill += 8 * time * action @ self.teaches
+
+    def total(self):
+        return float(class_weights(self.arms) @ self.losses(noise=0))
+
+
+def simulate(seed: int, scheduler_of, n_evaluations: int = 16, watch=None) -> float:
+    """One run -> the total loss at its end: the sum over classes of the mean over a class's arms."""
+    world = World(seed)
+    scheduler = scheduler_of(world.arms)
+    for step in range(n_evaluations):
+        scheduler.update(step, world.losses())
+        if watch:
+            watch(step, world, scheduler)
+        world.train(scheduler.action, 1 / n_evaluations)
+    return world.total()
+
+
+def best_fixed(seed: int, n: int = 2000) -> float:
+    """The lowest total loss that any of n proposed mixtures reaches when kept for the whole run."""
+    world = World(seed)
+    actions = propose(world.arms, n, np.random.default_rng(seed), "hierarchical")
+    losses = world.floor + world.fall * np.exp(-8 * actions @ world.teaches)
+    return float((losses @ class_weights(world.arms)).min())
+
+
+def compare(seeds: Sequence[int]) -> dict:
+    """Total loss at the end of simulated runs, {way: [one for each seed]}."""
+    ways = {"uniform": lambda seed: simulate(seed, lambda arms: FixedMixture("uniform", arms)),
+            "bandit, figure 4's proposals": lambda seed: simulate(seed, lambda arms: Birdie(arms, 0, seed, "flat")),
+            "bandit": lambda seed: simulate(seed, lambda arms: Birdie(arms, 0, seed)),
+            "best fixed mixture, found by search": best_fixed}
+    return {way: [run(seed) for seed in seeds] for way, run in ways.items()}
+
+
+# ---- running this file -----------------------------------------------------------------------------
+
+def main(seed: int = 0, n_evaluations: int = 12):
+    """One simulated run, evaluation by evaluation."""
+    print("A simulated world: shares of samples (%) by what an arm's class is like, and the total loss\n")
+    roles = list(dict.fromkeys(World.roles))
+    print(f"{'evaluation':>10s}" + "".join(f"{role:>11s}" for role in roles) + f"{'loss':>9s}{'predicted':>11s}")
+
+    def watch(step, world, scheduler):
+        shares = "".join(f"{100 * scheduler.action[world.role == role].sum():11.0f}" for role in roles)
+        predicted = "" if scheduler.predicted is None else f"{scheduler.predicted:+11.2f}"
+        print(f"{step:10d}{shares}{world.total():9.2f}{predicted}")
+
+    end = simulate(seed, lambda arms: Birdie(arms, 0, seed), n_evaluations, watch)
+    uniform = simulate(seed, lambda arms: FixedMixture("uniform", arms), n_evaluations)
+    print(f"\ntotal loss at the end: bandit {end:.2f}, uniform {uniform:.2f}, best fixed mixture {best_fixed(seed):.2f}")
+
+
+def table(n: int):
+    """The bandit against others over n simulated worlds."""
+    results = compare(range(n))
+    uniform = np.array(results["uniform"])
+    print(f"{'total loss after the run':38s}{'mean':>7s}{'std':>7s}  beats uniform in")
+    for way, totals in results.items():
+        print(f"{way:38s}{np.mean(totals):7.2f}{np.std(totals):7.2f}  {(np.array(totals) < uniform).sum():3d} of {n}")
+
+
+def plot(log: str):
+    """Figure 5 of a run, beside its log: validation loss, accuracy and probability of every class."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("error: the picture needs matplotlib; pip install matplotlib")
+    with open(log) as file:
+        head, *lines = [json.loads(line) for line in file]
+    evaluations = [line for line in lines if "eval" in line]
+    steps = [line["step"] for line in evaluations]
+    classes = [name.split("-")[0] for name in head["arms"]]
+    _, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axis, key, title in zip(axes, ("loss", "accuracy", "action"), (
+            "validation loss (nats a token)", "greedy accuracy", "probability of the class until the next evaluation")):
+        values = np.array([line["eval"][key] for line in evaluations])               # (evaluations, arms)
+        for cls in dict.fromkeys(classes):
+            mine = values[:, [c == cls for c in classes]]
+            axis.plot(steps, mine.sum(1) if key == "action" else mine.mean(1), label=cls)
+        axis.set(title=title, xlabel="training step")
+    axes[0].legend(fontsize=8)
+    picture = log.replace(".jsonl", "") + ".png"
+    plt.savefig(picture, dpi=110)
+    print(f"wrote {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    match sys.argv[1:]:
+        case []:
+            main()
+        case ["table", n]:
+            table(int(n))
+        case ["plot", log]:
+            plot(log)
+        case _:
+            raise SystemExit("error: python scheduler.py [table SEEDS | plot LOG]")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import scan
 from model import LM, ModelConfig
 from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
-from scheduler import FixedMixture, evaluation_steps
+from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 
 # Sizes of the default runs, by what the machine has. Every field is also a flag.
 PRESETS = {
@@ -47,7 +47,7 @@ class Config:
     out_dir: str = "out"           # run folder: checkpoint and log
     data: str = ""                 # text file, folder, glob, .jsonl or nanoGPT folder; "": Python's own library
     tokenizer: str = "bytes"       # "bytes", a tiktoken name, or a .tiktoken file
-    mixture: str = "fixed"         # which objectives: see scheduler.py
+    mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
     preset: str = ""               # sizes left at 0 come from here: cpu or gpu; "": by what the machine has
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
@@ -132,6 +132,7 @@ def resolve(config):
     used = scan.backend(config.device)
     print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
 
+    config.causal = config.causal or config.mixture == "birdie-causal"
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -200,7 +201,7 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir={os.path.dirname(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "model", "optimizer", "scheduler", "step", "tokenizer"} - set(checkpoint)
+        missing = {"config", "model", "optimizer", "scheduler", "step", "losses", "tokenizer"} - set(checkpoint)
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
@@ -277,13 +278,32 @@ def resumed(config, given, saved):
     return Config(**{**saved, **changes})
 
 
-def report(step, losses, accuracy, every_arm):
-    """One line for an evaluation: every class's validation loss and accuracy, under its (shortened) name."""
-    losses, accuracy = by_class(losses, every_arm), by_class(accuracy, every_arm)
-    if step == 0:
-        tqdm.write(f"{'step':>7s}" + "".join(f"{cls.replace('autoencoding', 'autoenc').replace('deshuffling', 'desh')[:11]:>13s}"
-                                              for cls in losses))
-    tqdm.write(f"{step:7,}" + "".join(f"{loss:8.2f} {accuracy[cls]:4.0%}" for cls, loss in losses.items()))
+class Evaluation:
+    """What one evaluation found: written to the log, and shown as a line for each class."""
+
+    def __init__(self, step, losses, accuracy, before, every_arm):
+        """losses, accuracy (arms,); before: the losses of the evaluation before this one, or None."""
+        self.step, self.losses, self.accuracy, self.arms = step, losses, accuracy, every_arm
+        self.change = np.zeros_like(losses) if before is None else losses - before
+        self.rewards = np.zeros_like(losses) if before is None else reward(before, losses)
+        self.observed = None if before is None else float(class_weights(every_arm) @ self.rewards)
+
+    def entry(self, predicted, action):
+        """The log's: per arm; predicted and observed are total rewards of the action that was in force."""
+        return dict(loss=self.losses.tolist(), accuracy=self.accuracy.tolist(), reward=self.rewards.tolist(),
+                    action=action.tolist(), predicted=predicted, observed=self.observed)
+
+    def show(self, predicted, action):
+        total = "" if self.observed is None else f", total reward {self.observed:+.2f}"
+        total += "" if predicted is None or self.observed is None else f" (predicted {predicted:+.2f})"
+        losses, change, accuracy, rewards = (by_class(values, self.arms) for values in (
+            self.losses, self.change, self.accuracy, self.rewards))
+        lines = [f"step {self.step:,}: mean loss {np.mean(list(losses.values())):.3f}{total}; next:"]
+        for cls, loss in losses.items():
+            share = sum(p for p, arm in zip(action, self.arms) if arm.cls == cls)
+            lines.append(f"  {cls:24s} {'#' * round(40 * share):20.20s} {share:4.0%}  loss {loss:5.2f} {change[cls]:+.2f}"
+                         f"  accuracy {accuracy[cls]:4.0%}  reward {rewards[cls]:+.2f}")
+        tqdm.write("\n".join(lines))
 
 
 def train(config, given=()):
@@ -299,7 +319,7 @@ def train(config, given=()):
 
     tok = Tokenizer(config.tokenizer, n_masks=config.block_size // 8)
     every_arm = arms(config.block_size)
-    scheduler = FixedMixture(config.mixture, every_arm)
+    scheduler = make_scheduler(config.mixture, every_arm, config.max_steps, config.seed)
     model = LM(model_config(config, tok)).to(config.device)
     corpus = Corpus(config.data, tok)
     batches = Batches(corpus, tok, config.block_size, config.batch_size)
@@ -311,12 +331,12 @@ def train(config, given=()):
         log = Log(os.path.join(config.out_dir, "log.jsonl"), resume_at=checkpoint and checkpoint["step"])
     except OSError as error:
         raise ValueError(f"{config.out_dir} cannot be written ({error.strerror}); choose another --out_dir")
-    start = 0
+    start, before = 0, None
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
-        start = checkpoint["step"]
+        start, before = checkpoint["step"], checkpoint["losses"] and np.array(checkpoint["losses"])
     if not checkpoint:
         log.write(step=-1, config=asdict(config), arms=[arm.name for arm in every_arm])
     print(f"data     {corpus.size['train']:,} training and {corpus.size['val']:,} validation tokens; {len(every_arm)} arms")
@@ -326,6 +346,7 @@ def train(config, given=()):
     def save(step):
         save_checkpoint(path, dict(
             config=asdict(config), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), step=step,
+            losses=None if before is None else before.tolist(),
             model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
 
     step_model = torch.compile(model) if config.compile == "yes" else model
@@ -340,11 +361,12 @@ def train(config, given=()):
         begin = max(begin, start)
         if begin in stretches:
             save(begin)
-            losses, accuracy = validation(step_model, config)
-            scheduler.update(begin, losses)
-            log.write(step=begin, eval=dict(loss=losses.tolist(), accuracy=accuracy.tolist(),
-                                            action=scheduler.action.tolist()))
-            report(begin, losses, accuracy, every_arm)
+            evaluation = Evaluation(begin, *validation(step_model, config), before, every_arm)
+            before = evaluation.losses
+            predicted = scheduler.predicted
+            scheduler.update(begin, evaluation.losses)
+            log.write(step=begin, eval=evaluation.entry(predicted, scheduler.action))
+            evaluation.show(predicted, scheduler.action)
         if end is None:
             break
         for step, batch in enumerate(loader.steps(begin, end, scheduler.action), begin):

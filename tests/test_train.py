@@ -17,7 +17,7 @@ from train import Config, Log, learning_rate, load_checkpoint, load_model, main,
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(n_layer=2, d_model=16, d_state=16, block_size=128, batch_size=4, eval_rows=1, workers=0, device="cpu",
-            dtype="float32", max_steps=24, lr=1e-2)
+            dtype="float32", max_steps=24, lr=1e-2, mixture="fixed")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,27 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(finished, text, tmp_p
     main(flags(out_dir=out_dir, resume=True))
     assert same_weights(finished, out_dir)
     assert log_of(out_dir, "tokens_per_s", "config") == log_of(finished, "tokens_per_s", "config")
+
+
+def test_a_resumed_bandit_has_the_same_history_and_actions(text, tmp_path, monkeypatch):
+    class StopAfter:
+        calls = 0
+        @property
+        def asked(self):
+            self.calls += 1
+            return self.calls == 14
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    tiny(whole, text, mixture="birdie")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", StopAfter)
+        with pytest.raises(SystemExit):
+            tiny(parts, text, mixture="birdie")
+    main(flags(out_dir=parts, resume=True))
+    assert same_weights(whole, parts)
+    assert log_of(whole, "tokens_per_s", "config") == log_of(parts, "tokens_per_s", "config")
+    one, other = (load_checkpoint(f"{path}/ckpt.pt")["scheduler"] for path in (whole, parts))
+    assert torch.equal(one["actions"], other["actions"]) and torch.equal(one["losses"], other["losses"])
+    assert len(one["actions"]) == 2 and one["actions"][1].max() > 2 / len(one["action"])  # it did choose
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
@@ -130,7 +151,7 @@ def test_the_log_holds_every_arm_at_every_evaluation(finished):
     evals = [line for line in lines if "eval" in line]
     assert [line["step"] for line in evals] == [0, 10, 24]
     for line in evals:
-        assert all(len(line["eval"][key]) == len(head["arms"]) for key in ("loss", "accuracy", "action"))
+        assert all(len(line["eval"][key]) == len(head["arms"]) for key in ("loss", "accuracy", "reward", "action"))
         assert np.isfinite(line["eval"]["loss"]).all() and abs(sum(line["eval"]["action"]) - 1) < 1e-9
     assert (np.array(evals[-1]["eval"]["loss"]) < np.array(evals[0]["eval"]["loss"])).all()
 
