@@ -53,16 +53,16 @@ IGNORE = -100                        # a target without loss
 # Table 1: class, lengths at T = 2048, options; every combination is an arm.
 _MASKED = dict(masked=(15, 85), mean_span=(3, 8, 32))
 CONFIGURATIONS = (
-    ('next_token_prediction', ((256, 2048),), {}),
-    ('prefix_lm', ((512, 2048),), {}),
-    ('selective_copying', ((384, 768), (768, 1536)),
-     dict(n_spans=(1, 2, 3, 4), query=('before', 'after'))),
-    ('copying', ((64, 256), (256, 1014)), {}),
-    ('deshuffling', ((128, 256), (512, 1024)), dict(shuffled=(50, 100))),
-    ('infilling', ((128, 256), (256, 512), (512, 1024), (1024, 2048)),
+    ("next_token_prediction", ((256, 2048),), {}),
+    ("prefix_lm", ((512, 2048),), {}),
+    ("selective_copying", ((384, 768), (768, 1536)),
+     dict(n_spans=(1, 2, 3, 4), query=("before", "after"))),
+    ("copying", ((64, 256), (256, 1014)), {}),
+    ("deshuffling", ((128, 256), (512, 1024)), dict(shuffled=(50, 100))),
+    ("infilling", ((128, 256), (256, 512), (512, 1024), (1024, 2048)),
      dict(masked=(5, 15, 50), mean_span=(3, 8, 32))),
-    ('autoencoding', ((192, 384), (384, 768), (768, 1536)), _MASKED),
-    ('autoencoding_deshuffling', ((192, 384), (384, 768), (768, 1536)), _MASKED),
+    ("autoencoding", ((192, 384), (384, 768), (768, 1536)), _MASKED),
+    ("autoencoding_deshuffling", ((192, 384), (384, 768), (768, 1536)), _MASKED),
 )
 CLASSES = tuple(cls for cls, _, _ in CONFIGURATIONS)
 
@@ -77,22 +77,22 @@ class Tokenizer:
     any other text survives encoding and decoding exactly. Unusable names: ValueError.
     """
 
-    def __init__(self, name: str = 'bytes', n_masks: int = 256):
+    def __init__(self, name: str = "bytes", n_masks: int = 256):
         self.name, self.n_masks, self._encoding = name, n_masks, _encoding(name)
         self.n_text, self.fingerprint = self._encoding.n_vocab, self._encoding.name
-        names = ['PAD', 'GEN', 'DONE', 'END_OF_TEXT', 'COPY', 'START', 'END', 'CONTEXT', 'MASK']
+        names = ["PAD", "GEN", "DONE", "END_OF_TEXT", "COPY", "START", "END", "CONTEXT", "MASK"]
         (self.PAD, self.GEN, self.DONE, self.END_OF_TEXT, self.COPY, self.START, self.END,
          self.CONTEXT, self.MASK) = range(self.n_text, self.n_text + len(names))
         self.paradigm = {cls: self.n_text + len(names) + i for i, cls in enumerate(CLASSES[1:])}
         names += [cls.upper() for cls in CLASSES[1:]]
         # Numbered masks come last: the other ids do not depend on how many there are.
         self.MASKS = self.n_text + len(names) + np.arange(n_masks)
-        self.special_names = [f'<{s}>' for s in names] + [f'<MASK_{i}>' for i in range(n_masks)]
+        self.special_names = [f"<{s}>" for s in names] + [f"<MASK_{i}>" for i in range(n_masks)]
         self.vocab_size = self.n_text + len(self.special_names)
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) int64. What looks like a special token is text."""
-        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def decode(self, ids) -> str:
@@ -101,10 +101,10 @@ class Tokenizer:
         for special, run in itertools.groupby(np.asarray(ids).tolist(), lambda i: i >= self.n_text):
             try:
                 parts += [self.special_names[i - self.n_text] for i in run] if special else [
-                    self._encoding.decode_bytes(list(run)).decode('utf-8', 'replace')]
+                    self._encoding.decode_bytes(list(run)).decode("utf-8", "replace")]
             except KeyError:
-                parts.append('<?>')
-        return ''.join(parts)
+                parts.append("<?>")
+        return "".join(parts)
 
 
 # GPT-2's pattern, but a digit is always its own token: numbers are copied digit by digit. Our choice.
@@ -112,15 +112,15 @@ _PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def _encoding(name: str) -> tiktoken.Encoding:
-    if name == 'bytes':
-        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', special_tokens={},
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", special_tokens={},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name in tiktoken.list_encoding_names():
         try:
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as e:
-            raise ValueError(f'tokenizer {name!r} could not be downloaded ({type(e).__name__}): pass '
-                             '--tokenizer bytes or a .tiktoken file, or try again with a network') from None
+            raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(e).__name__}): pass "
+                             "--tokenizer bytes or a .tiktoken file, or try again with a network") from None
     if not os.path.isfile(name):
         raise ValueError(f"tokenizer {name!r} is neither 'bytes', nor a .tiktoken file, nor one of "
                          f'{", ".join(tiktoken.list_encoding_names())}: pass one of these')
@@ -130,54 +130,54 @@ def _encoding(name: str) -> tiktoken.Encoding:
     except ValueError:
         ranks = {}
     if sum(len(token) == 1 for token in ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f'{name} is no .tiktoken file: it must have a token in base64, a space and a rank '
-                         'on each line, all 256 single bytes among them, and ranks 0, 1, 2... once each')
-    return tiktoken.Encoding(f'file-{digest}', pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        raise ValueError(f"{name} is no .tiktoken file: it must have a token in base64, a space and a rank "
+                         "on each line, all 256 single bytes among them, and ranks 0, 1, 2... once each")
+    return tiktoken.Encoding(f"file-{digest}", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 # ---------------------------------------------------------------------------------------- corpus
 CHUNK = 1 << 17  # characters tokenised at once: bounded memory, whatever the file
 FORMAT = 1       # of the cached tokens: raise it when they change
-NO_SOURCE = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib'}
+NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
 def _files(data: str) -> list[Path]:
     path = Path(data).expanduser()
-    if data in ('', 'stdlib'):
-        path = Path(sysconfig.get_paths()['stdlib'])
-        files = [f for f in path.rglob('*.py') if not NO_SOURCE & set(f.relative_to(path).parts)]
+    if data in ("", "stdlib"):
+        path = Path(sysconfig.get_paths()["stdlib"])
+        files = [f for f in path.rglob("*.py") if not NO_SOURCE & set(f.relative_to(path).parts)]
     elif path.is_dir():  # hidden files and folders are left out
-        files = [f for f in path.rglob('*') if not any(p[0] == '.' for p in f.relative_to(path).parts)]
+        files = [f for f in path.rglob("*") if not any(p[0] == "." for p in f.relative_to(path).parts)]
     else:
         files = [path] if path.is_file() else [Path(f) for f in glob.glob(str(path), recursive=True)]
     files = sorted(f for f in files if f.is_file())
     if not files:
-        raise FileNotFoundError(f'no file at {str(path)!r}: --data takes a text file, a folder, a glob in '
+        raise FileNotFoundError(f"no file at {str(path)!r}: --data takes a text file, a folder, a glob in "
                                 "quotes, a .jsonl file, or nothing for Python's standard library")
     return files
 
 
 def _pieces(path: Path):
     """(whether a document begins here, text) through a file."""
-    remedy = 'or pass a glob in quotes that leaves it out'
+    remedy = "or pass a glob in quotes that leaves it out"
     try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
+        with open(path, encoding="utf-8-sig", newline="") as f:
             first = True
-            while path.suffix != '.jsonl' and (piece := f.read(CHUNK) + f.readline(CHUNK)):
+            while path.suffix != ".jsonl" and (piece := f.read(CHUNK) + f.readline(CHUNK)):
                 yield first, piece
                 first = False
             for number, line in enumerate(f, 1):
                 try:
-                    text = json.loads(line)['text'] if line.strip() else ''
-                    pieces = [(i == 0, text[i:i + CHUNK] + '') for i in range(0, len(text), CHUNK)]
+                    text = json.loads(line)["text"] if line.strip() else ""
+                    pieces = [(i == 0, text[i:i + CHUNK] + "") for i in range(0, len(text), CHUNK)]
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, '
-                                     f'{remedy}') from None
+                                     f"{remedy}") from None
                 yield from pieces
     except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not UTF-8 text ({e.reason}): convert it, {remedy}') from None
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason}): convert it, {remedy}") from None
     except OSError as e:
-        raise ValueError(f'{path} cannot be read ({e.strerror}): change that, {remedy}') from None
+        raise ValueError(f"{path} cannot be read ({e.strerror}): change that, {remedy}") from None
 
 
 def _tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> None:
@@ -186,21 +186,21 @@ def _tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> No
     Validation is the 5% of documents whose first piece hashes to it, so copies stay on one side. With few
     or uneven documents that may be under 1% or over 20%; then it is the last 5% of all tokens instead.
     """
-    train, val = folder / 'train.bin', folder / 'val.bin'
-    with open(train, 'wb') as f_train, open(val, 'wb') as f_val:
+    train, val = folder / "train.bin", folder / "val.bin"
+    with open(train, "wb") as f_train, open(val, "wb") as f_val:
         for first, piece in itertools.chain.from_iterable(map(_pieces, files)):
             ids = tok.encode(piece)
             if first:
-                out = f_train if zlib.crc32(piece.encode('utf-8', 'surrogatepass')) % 20 else f_val
+                out = f_train if zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 20 else f_val
                 ids = np.append(tok.END_OF_TEXT, ids)
             out.write(ids.astype(dtype).tobytes())
     width = np.dtype(dtype).itemsize
     n_val = val.stat().st_size // width
     n = n_val + train.stat().st_size // width
     if n < 2:
-        raise ValueError(f'no text in {files[0]} and {len(files) - 1} other files: pass other --data')
+        raise ValueError(f"no text in {files[0]} and {len(files) - 1} other files: pass other --data")
     if not 0.01 * n < n_val < 0.2 * n:
-        with open(train, 'r+b') as f_train, open(val, 'r+b') as f_val:
+        with open(train, "r+b") as f_train, open(val, "r+b") as f_val:
             f_train.seek(0, os.SEEK_END)
             shutil.copyfileobj(f_val, f_train)
             cut = (n - max(1, n // 20)) * width
@@ -213,19 +213,19 @@ def _tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> No
 
 @lru_cache
 def _open(path: str, dtype: str) -> np.memmap:
-    return np.memmap(path, dtype, 'r')  # each process maps the file; no token is sent to a worker
+    return np.memmap(path, dtype, "r")  # each process maps the file; no token is sent to a worker
 
 
 def _check_nanogpt(path: Path, tok: Tokenizer) -> None:
     n_bytes = path.stat().st_size if path.is_file() else 0
     if not n_bytes or n_bytes % 2:
-        raise ValueError(f'{path} is missing, empty or not whole uint16 numbers ({n_bytes} bytes): '
-                         'prepare it again')
-    ids = _open(str(path), 'uint16')
+        raise ValueError(f"{path} is missing, empty or not whole uint16 numbers ({n_bytes} bytes): "
+                         "prepare it again")
+    ids = _open(str(path), "uint16")
     top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
     if top >= tok.n_text:
-        raise ValueError(f'{path} holds token {top}, but tokenizer {tok.name!r} ends at {tok.n_text - 1}: '
-                         'pass the one it was prepared with, such as --tokenizer gpt2')
+        raise ValueError(f"{path} holds token {top}, but tokenizer {tok.name!r} ends at {tok.n_text - 1}: "
+                         "pass the one it was prepared with, such as --tokenizer gpt2")
 
 
 class Corpus:
@@ -238,20 +238,20 @@ class Corpus:
     """
 
     def __init__(self, data: str, tok: Tokenizer):
-        folder, self.dtype = Path(data).expanduser(), 'uint16'
-        if data and (folder / 'train.bin').is_file():
-            _check_nanogpt(folder / 'train.bin', tok)
-            _check_nanogpt(folder / 'val.bin', tok)
+        folder, self.dtype = Path(data).expanduser(), "uint16"
+        if data and (folder / "train.bin").is_file():
+            _check_nanogpt(folder / "train.bin", tok)
+            _check_nanogpt(folder / "val.bin", tok)
         else:
-            self.dtype = 'uint16' if tok.END_OF_TEXT < 1 << 16 else 'uint32'
+            self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
             folder = self._cached(_files(data), tok)
-        self.paths = {split: str(folder / f'{split}.bin') for split in ('train', 'val')}
+        self.paths = {split: str(folder / f"{split}.bin") for split in ("train", "val")}
         self.size = {split: len(_open(path, self.dtype)) for split, path in self.paths.items()}
 
     def _cached(self, files: list[Path], tok: Tokenizer) -> Path:
-        cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'birdie'
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "birdie"
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = json.dumps([FORMAT, tok.fingerprint, stats]).encode('utf-8', 'replace')
+        key = json.dumps([FORMAT, tok.fingerprint, stats]).encode("utf-8", "replace")
         folder = cache / hashlib.sha256(key).hexdigest()[:24]
         try:
             if not folder.is_dir():
@@ -261,8 +261,8 @@ class Corpus:
                     os.replace(temp, folder)  # all or nothing
         except OSError as e:
             if not folder.is_dir():           # else another process was faster
-                raise ValueError(f'tokens cannot be written to {cache} ({e.strerror}): free some space, or '
-                                 'set XDG_CACHE_HOME to another folder') from None
+                raise ValueError(f"tokens cannot be written to {cache} ({e.strerror}): free some space, or "
+                                 "set XDG_CACHE_HOME to another folder") from None
         return folder
 
     def window(self, split: str, start: int, n: int) -> np.ndarray:
@@ -286,27 +286,27 @@ class Arm:
     mean_span: int = 0  # tokens behind one mask
     shuffled: int = 0   # percent
     n_spans: int = 0    # questions of selective copying
-    query: str = ''     # 'before' or 'after' the context
+    query: str = ""     # 'before' or 'after' the context
 
     def __post_init__(self):
         options = {cls: options for cls, _, options in CONFIGURATIONS}[self.cls]
-        for option in ('masked', 'mean_span', 'shuffled', 'n_spans', 'query'):
+        for option in ("masked", "mean_span", "shuffled", "n_spans", "query"):
             if bool(getattr(self, option)) != (option in options):
-                raise ValueError(f'{self.cls} with {option}={getattr(self, option)!r}: it needs '
+                raise ValueError(f"{self.cls} with {option}={getattr(self, option)!r}: it needs "
                                  f'{" and ".join(options) or "no options"}')
 
     @property
     def name(self) -> str:
-        if self.cls == 'next_token_prediction':
+        if self.cls == "next_token_prediction":
             return self.cls
-        options = (self.masked and f'{self.masked}%-span{self.mean_span}', self.shuffled and f'{self.shuffled}%',
-                   self.n_spans and f'{self.n_spans}spans-{self.query}')
-        return '-'.join([self.cls, f'{self.shortest}-{self.longest}', *filter(None, options)])
+        options = (self.masked and f"{self.masked}%-span{self.mean_span}", self.shuffled and f"{self.shuffled}%",
+                   self.n_spans and f"{self.n_spans}spans-{self.query}")
+        return "-".join([self.cls, f"{self.shortest}-{self.longest}", *filter(None, options)])
 
     @property
     def n_done(self) -> int:
         """How many DONE are in a label, the last one at its end; a decoder stops at this many."""
-        return self.n_spans or int(self.cls != 'next_token_prediction')
+        return self.n_spans or int(self.cls != "next_token_prediction")
 
     @property
     def longest_span(self) -> int:
@@ -331,16 +331,16 @@ def n_masked(arm: Arm, n: int) -> tuple[int, int]:
 
 def positions(arm: Arm, n: int) -> int:
     """Tokens of a row that a sample of length n takes, at most: len(prefix) + len(label)."""
-    if arm.cls == 'next_token_prediction':
+    if arm.cls == "next_token_prediction":
         return n
-    if arm.cls == 'prefix_lm':
+    if arm.cls == "prefix_lm":
         return n + 2                   # the paradigm token and DONE
-    if arm.cls in ('copying', 'deshuffling'):
+    if arm.cls in ("copying", "deshuffling"):
         return 2 * n + 2
-    if arm.cls == 'selective_copying':  # COPY, CONTEXT; per span START, END, DONE, delimiters, span
+    if arm.cls == "selective_copying":  # COPY, CONTEXT; per span START, END, DONE, delimiters, span
         return n + arm.room + 3 + arm.n_spans * (3 + 2 + SPAN[0])
     masked, n_spans = n_masked(arm, n)
-    return n + 2 * n_spans + 2 if arm.cls == 'infilling' else 2 * n - masked + n_spans + 2
+    return n + 2 * n_spans + 2 if arm.cls == "infilling" else 2 * n - masked + n_spans + 2
 
 
 @lru_cache
@@ -351,8 +351,8 @@ def arms(block_size: int) -> tuple[Arm, ...]:
     is printed once.
     """
     if block_size < MIN_BLOCK:
-        raise ValueError(f'block_size {block_size} has no room for every class: pass --block_size '
-                         f'{MIN_BLOCK} or more')
+        raise ValueError(f"block_size {block_size} has no room for every class: pass --block_size "
+                         f"{MIN_BLOCK} or more")
     kept, dropped = [], []
     for cls, ranges, options in CONFIGURATIONS:
         for (low, high), *values in itertools.product(ranges, *options.values()):
@@ -362,7 +362,7 @@ def arms(block_size: int) -> tuple[Arm, ...]:
             has_room = fits >= low and (not arm.n_spans or arm.longest_span >= SPAN[0])
             (kept if has_room else dropped).append(replace(arm, longest=fits))
     if dropped:
-        print(f'block_size {block_size} has no room for {len(dropped)} of the {len(kept + dropped)} arms '
+        print(f"block_size {block_size} has no room for {len(dropped)} of the {len(kept + dropped)} arms "
               f'({", ".join(sorted({arm.cls for arm in dropped}))}): they are left out')
     return tuple(kept)
 
@@ -379,17 +379,17 @@ def make_sample(arm: Arm, text: np.ndarray, rng: np.random.Generator, tok: Token
     """
     n = len(text) - arm.room
     if not arm.shortest <= n <= arm.longest:
-        raise ValueError(f'{arm.name} takes {arm.shortest + arm.room} to {arm.longest + arm.room} tokens of '
-                         f'text, not {len(text)}')
-    if arm.cls == 'next_token_prediction':
+        raise ValueError(f"{arm.name} takes {arm.shortest + arm.room} to {arm.longest + arm.room} tokens of "
+                         f"text, not {len(text)}")
+    if arm.cls == "next_token_prediction":
         return text[:0], text
-    if arm.cls == 'selective_copying':
+    if arm.cls == "selective_copying":
         prefix, label = _selective_copying(arm, text, rng, tok)
-    elif arm.cls == 'prefix_lm':
+    elif arm.cls == "prefix_lm":
         prefix, label = text[:n * 3 // 4], np.append(text[n * 3 // 4:], tok.DONE)
-    elif arm.cls == 'copying':
+    elif arm.cls == "copying":
         prefix, label = text, np.append(text, tok.DONE)
-    elif arm.cls == 'deshuffling':
+    elif arm.cls == "deshuffling":
         prefix, label = text[_shuffle(n, n * arm.shuffled // 100, rng)], np.append(text, tok.DONE)
     else:
         prefix, label = _masking(arm, text, rng, tok)
@@ -422,12 +422,12 @@ def _masking(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
     spans, gaps = _split(masked, n_spans, 1, rng), _split(len(text) - masked, n_spans + 1, 0, rng)
     starts = np.cumsum(gaps) - gaps + np.append(0, np.cumsum(spans))  # of the gaps
     span_starts = starts[1:] - spans
-    if arm.cls == 'autoencoding_deshuffling':
+    if arm.cls == "autoencoding_deshuffling":
         order = _shuffle(n_spans + 1, n_spans + 1, rng)
         starts, gaps = starts[order], gaps[order]
-    masks = tok.MASKS[:n_spans] if arm.cls == 'infilling' else tok.MASK
+    masks = tok.MASKS[:n_spans] if arm.cls == "infilling" else tok.MASK
     prefix = np.insert(_pick(text, starts, gaps), np.cumsum(gaps)[:-1], masks)
-    if arm.cls == 'infilling':
+    if arm.cls == "infilling":
         text = np.insert(_pick(text, span_starts, spans), np.cumsum(spans) - spans, masks)
     return prefix, np.append(text, tok.DONE)
 
@@ -479,14 +479,14 @@ def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
         if before.all() and after.all() and n >= stretch:
             break
     else:
-        raise NotUnique(f'{arm.name} finds no span with a unique place in the text')
+        raise NotUnique(f"{arm.name} finds no span with a unique place in the text")
     start = rng.integers(max(0, first + stretch - n), min(first, len(text) - n) + 1)
     context, query, label = [[tok.CONTEXT], text[start:start + n]], [[tok.COPY]], []
     for i in rng.permutation(k):
         start, end = starts[i], starts[i] + spans[i]
         query += [[tok.START], text[start - before[i]:start], [tok.END], text[end:end + after[i]]]
         label += [text[start:end], [tok.DONE]]
-    prefix = query + context if arm.query == 'before' else context + query
+    prefix = query + context if arm.query == "before" else context + query
     return np.concatenate(prefix), np.concatenate(label)
 
 
@@ -494,9 +494,9 @@ def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
 def lay_out(rows: list, block_size: int, tok: Tokenizer) -> dict:
     """Rows of samples (arm index, prefix, label) as the arrays of a batch, (B, T) each."""
     shape = len(rows), block_size
-    out = {'tokens': np.full(shape, tok.PAD, np.int64), 'targets': np.full(shape, IGNORE, np.int64),
-           'reset': np.full(shape, RESET_FORWARD | RESET_REVERSE, np.uint8),
-           'arm': np.full(shape, -1, np.int16)}
+    out = {"tokens": np.full(shape, tok.PAD, np.int64), "targets": np.full(shape, IGNORE, np.int64),
+           "reset": np.full(shape, RESET_FORWARD | RESET_REVERSE, np.uint8),
+           "arm": np.full(shape, -1, np.int16)}
     for samples, tokens, targets, reset, arm in zip(rows, *out.values()):
         start = 0
         for index, prefix, label in samples:
@@ -530,14 +530,14 @@ class Batches:
         self.high = np.array([positions(arm, arm.longest) for arm in self.arms])
         self.usual = (self.low + self.high) / 2
         self.usual[0] = self.high[0]  # next token prediction
-        self.by_size = np.argsort(self.usual, kind='stable')
+        self.by_size = np.argsort(self.usual, kind="stable")
         if tok.n_masks < block_size // 8:
-            raise ValueError(f'a tokenizer with n_masks {tok.n_masks} numbers too few spans for block_size '
-                             f'{block_size}: make it with {block_size // 8} or pass a smaller --block_size')
+            raise ValueError(f"a tokenizer with n_masks {tok.n_masks} numbers too few spans for block_size "
+                             f"{block_size}: make it with {block_size // 8} or pass a smaller --block_size")
         need = max(arm.longest + arm.room for arm in self.arms)
         if min(corpus.size.values()) < need:
-            raise ValueError(f'a sample takes up to {need} tokens, but there are {corpus.size}: pass more '
-                             'text as --data or a smaller --block_size')
+            raise ValueError(f"a sample takes up to {need} tokens, but there are {corpus.size}: pass more "
+                             "text as --data or a smaller --block_size")
 
     def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
         """(B, T) arrays: tokens and targets (int64), reset (uint8), arm (int16, index into self.arms).
@@ -546,9 +546,9 @@ class Batches:
         """
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.arms),) or not (action >= 0).all() or abs(action.sum() - 1) > 1e-3:
-            raise ValueError(f'an action is {len(self.arms)} probabilities, not {action.shape} with sum '
-                             f'{action.sum()}')
-        rng = np.random.Generator(np.random.PCG64([seed, rank, step, ('train', 'val').index(split)]))
+            raise ValueError(f"an action is {len(self.arms)} probabilities, not {action.shape} with sum "
+                             f"{action.sum()}")
+        rng = np.random.Generator(np.random.PCG64([seed, rank, step, ("train", "val").index(split)]))
         chosen = self._choose(action, self._count(action.tobytes()), rng.random(dtype=np.float32))
         placed = self._place(chosen)
         rows = [self._row(rng.permutation(chosen[placed == b]), rng, split) for b in range(self.batch_size)]
@@ -559,7 +559,7 @@ class Batches:
 
     def _choose(self, action: np.ndarray, n: int, u: float) -> np.ndarray:
         share = np.cumsum(action[self.by_size])
-        return self.by_size[np.searchsorted(share / share[-1], (np.arange(n) + u) / n, side='right')]
+        return self.by_size[np.searchsorted(share / share[-1], (np.arange(n) + u) / n, side="right")]
 
     def _place(self, chosen: np.ndarray) -> np.ndarray:
         """The row of each sample, -1 where not even its shortest form has room (_count sees to that)."""
@@ -617,8 +617,8 @@ class Batches:
                 return make_sample(arm, self.corpus.window(split, start, n + arm.room), rng, self.tok)
             except NotUnique as e:
                 error = e
-        raise ValueError(f'{error}, at 64 places of the {split} split: pass other --data, or a --mixture '
-                         'without selective copying')
+        raise ValueError(f"{error}, at 64 places of the {split} split: pass other --data, or a --mixture "
+                         "without selective copying")
 
 
 class Loader:
@@ -629,7 +629,7 @@ class Loader:
         self.loader = DataLoader(batches, batch_size=None, sampler=self.keys, num_workers=workers,
                                  persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
-    def steps(self, start: int, stop: int, action: np.ndarray, split: str = 'train'):
+    def steps(self, start: int, stop: int, action: np.ndarray, split: str = "train"):
         """Iterates over the batches of steps start to stop - 1; call it again when the action changes."""
         self.keys[:] = [(self.seed, self.rank, step, action, split) for step in range(start, stop)]
         return iter(self.loader)
@@ -638,28 +638,28 @@ class Loader:
 # --------------------------------------------------------------------------------- demonstration
 def demo() -> None:
     tok = Tokenizer(n_masks=256)
-    text = tok.encode('The bird that sings at dawn is not the bird that sings at dusk.')
+    text = tok.encode("The bird that sings at dawn is not the bird that sings at dusk.")
     rng, samples = np.random.default_rng(1), []
     for cls, _, options in CONFIGURATIONS:
         arm = Arm(cls, 20, 80, **{option: values[-1] for option, values in options.items()})
         arm = replace(arm, **dict(mean_span=8) if arm.mean_span else dict(n_spans=1) if arm.n_spans else {})
         samples.append((CLASSES.index(cls), *make_sample(arm, text, rng, tok)))
-        print(f'{cls}\n  Input   {tok.decode(samples[-1][1])}\n  Target  {tok.decode(samples[-1][2])}')
+        print(f"{cls}\n  Input   {tok.decode(samples[-1][1])}\n  Target  {tok.decode(samples[-1][2])}")
 
-    print('\nA row of 20 tokens: prefix LM, next token prediction, padding (F, R: reset bits)\n  token        target')
+    print("\nA row of 20 tokens: prefix LM, next token prediction, padding (F, R: reset bits)\n  token        target")
     short = [(1, samples[1][1][:6], samples[1][2][-5:]), (0, *(part[:7] for part in samples[0][1:]))]
     row = lay_out([short], 20, tok)
-    for token, target, reset in zip(*(row[key][0] for key in ('tokens', 'targets', 'reset'))):
+    for token, target, reset in zip(*(row[key][0] for key in ("tokens", "targets", "reset"))):
         print(f"  {tok.decode([token]):12} {'.' if target == IGNORE else tok.decode([target]):12} "
               f"{'F' if reset & RESET_FORWARD else '.'}{'R' if reset & RESET_REVERSE else '.'}")
 
-    batches = Batches(Corpus('', tok), tok, 2048, 8)
+    batches = Batches(Corpus("", tok), tok, 2048, 8)
     action, start = np.full(96, 1 / 96), time.perf_counter()
-    full = np.mean([(batches.batch(0, 0, step, action, 'train')['arm'] >= 0).mean() for step in range(50)])
-    print(f'\n50 batches of 8 x 2048 tokens of the standard library, all 96 arms: {full:.2%} full, '
-          f'{50 * 8 * 2048 / (time.perf_counter() - start):,.0f} tokens/s in one thread')
+    full = np.mean([(batches.batch(0, 0, step, action, "train")["arm"] >= 0).mean() for step in range(50)])
+    print(f"\n50 batches of 8 x 2048 tokens of the standard library, all 96 arms: {full:.2%} full, "
+          f"{50 * 8 * 2048 / (time.perf_counter() - start):,.0f} tokens/s in one thread")
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     torch.set_num_threads(1)
     demo()
