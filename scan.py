@@ -459,7 +459,7 @@ def backend(device="cpu") -> Backend:
 
 
 def chunk_length(x):
-    """Steps of a chunk: all of them if the lanes alone keep the memory busy (40 KB a step, measured)."""
+    """Steps of a chunk: all of them if the lanes alone can keep the memory busy (estimate: 40 KB a step)."""
     B, T, D = x.shape
     if x.device.type == "cpu" or B * D * x.element_size() >= 40_000 or T < 256:
         return T
@@ -575,7 +575,7 @@ def scan(a: torch.Tensor, x: torch.Tensor, reset: torch.Tensor | None = None, n_
 def check(a, x, reset, n_reverse, h0):
     """Raise an error that names the value, the limit and the remedy."""
     if x.dim() != 3 or a.shape != x.shape:
-        raise ValueError(f"a {tuple(a.shape)} and x {tuple(x.shape)} must both be (B, T, D); expand or reshape them")
+        raise ValueError(f"a {tuple(a.shape)} and x {tuple(x.shape)} must both be (B, T, D); reshape them")
     B, T, D = x.shape
     if x.dtype not in (*KERNEL_TYPES, torch.float64):
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16 or float16")
@@ -668,7 +668,8 @@ def main():
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         best, threads = backend(device), torch.get_num_threads()
         print(f"{device}: {best.name} {best.reason}")
-        backends = {best.name: implementation(torch.empty(0, device=device)), "torch": (torch_forward, torch_backward)}
+        backends = {best.name: implementation(torch.empty(0, device=device)),
+                    "torch": (torch_forward, torch_backward)}
         print("largest error in float32 against a float64 loop, relative to the largest value")
         show_errors(backends, device)
         print("times the memory limit" + (", one thread" if device == "cpu" else ""))
