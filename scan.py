@@ -404,7 +404,7 @@ def build(kind):
     if kind == "cuda":
         if cuda is None:
             raise RuntimeError("no CUDA toolkit (nvcc) found; install one or set CUDA_HOME")
-        compiler, target = f"{cuda}/bin/nvcc", str(torch.cuda.get_device_capability())
+        compiler, target = f"{cuda}/bin/nvcc", "{}{}".format(*torch.cuda.get_device_capability())
         links = [f"-Wl,-rpath,{cuda}/lib64"]
     else:
         compiler, info = cpp_extension.get_cxx_compiler(), pathlib.Path("/proc/cpuinfo")
@@ -421,8 +421,13 @@ def build(kind):
         with tempfile.TemporaryDirectory(prefix=name, dir=root) as folder:
             source = pathlib.Path(folder, "scan.cu" if kind == "cuda" else "scan.cpp")
             source.write_text(KERNEL)
-            cpp_extension.load(name, [str(source)], extra_cflags=flags, extra_cuda_cflags=flags,
-                               extra_ldflags=links, build_directory=folder, is_python_module=False)
+            if cpp_extension.is_ninja_available():
+                cpp_extension.load(name, [str(source)], extra_cflags=flags, extra_cuda_cflags=flags,
+                                   extra_ldflags=links, build_directory=folder, is_python_module=False)
+            else:                       # which load cannot do without; the same command, run here
+                shared = ["-Xcompiler", "-fPIC", f"-arch=sm_{target}"] if kind == "cuda" else ["-fPIC"]
+                subprocess.run([compiler, *flags, *shared, "-shared", str(source), "-o", f"{folder}/{name}.so"],
+                               capture_output=True, text=True, check=True)
             os.replace(pathlib.Path(folder, f"{name}.so"), library)
     return library
 
@@ -433,7 +438,8 @@ def load(kind):
     try:
         return ctypes.CDLL(str(build(kind))), ""
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = getattr(error, "stderr", None) or str(error) or type(error).__name__
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])
         print(f"scan: no {kind} kernel, using PyTorch, which is slower: {reason}", file=sys.stderr)
         return None, reason

@@ -16,9 +16,11 @@ that an uninterrupted one would, and on one CPU ends with the same weights, bit 
 Departures from the paper, ours: sizes for one GPU or a laptop; the learning rate falls to a tenth.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils import cpp_extension
 from tqdm import tqdm
 
 import scan
@@ -41,7 +44,7 @@ from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 
 # Sizes of the default runs, by what the machine has. Every field is also a flag.
 PRESETS = {
-    "cpu": dict(n_layer=4, d_model=192, d_state=384, block_size=512, batch_size=16, max_steps=2000, lr=3e-3),
+    "cpu": dict(n_layer=4, d_model=192, d_state=384, block_size=512, batch_size=16, max_steps=1500, lr=3e-3),
     "gpu": dict(n_layer=12, d_model=512, d_state=1024, block_size=2048, batch_size=32, max_steps=8000, lr=1e-3),
 }
 
@@ -65,12 +68,12 @@ class Config:
     warmup: float = 0.02           # share of the steps in which the learning rate rises
     weight_decay: float = 0.1
     clip: float = 1.0              # largest norm of the gradient
-    eval_rows: int = 2             # validation rows for each arm
+    eval_rows: int = 1             # validation rows for each arm
     seed: int = 1                  # of the weights and the batches
     workers: int = 1               # processes that make batches
     device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
     dtype: str = ""                # float32 or bfloat16 matrix products; "": what is faster here
-    compile: str = ""              # yes or no; "": yes on a GPU
+    compile: str = ""              # yes or no; "": yes for runs of 2 million tokens and more
     resume: bool = False           # go on from out_dir/ckpt.pt
 
 
@@ -97,6 +100,14 @@ def matmul_seconds(dtype, n=512, repeats=5):
         x @ x
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def keep_freed_memory():
+    """glibc hands the memory of every large tensor back when it is freed, and takes page faults for the
+    next one: a step took 1.2 (4 threads) to 1.7 times (1 thread) as long. Let it keep the memory."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)             # M_MMAP_MAX: no tensor is mapped on its own
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: no less than 2 GB is given back
 
 
 def resolve(config):
@@ -127,21 +138,25 @@ def resolve(config):
         raise ValueError(f"dtype {config.dtype!r} is unknown; choose float32 or bfloat16")
     print(f"dtype    {config.dtype}: {reason}")
 
-    reason = "asked for"
-    if not config.compile:
-        config.compile, reason = ("yes", "a GPU") if on_gpu else ("no", "a CPU run is over before it pays")
-    if config.compile not in ("yes", "no"):
-        raise ValueError(f"compile {config.compile!r} is neither yes nor no")
-    print(f"compile  {config.compile}: {reason}")
-    used = scan.backend(config.device)
-    print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
-
     config.causal = config.causal or config.mixture == "birdie-causal"
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
         setattr(config, name, getattr(config, name) or value)
+
+    reason = "asked for"
+    if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:
+        config.compile, reason = "no", "the run is over before it pays"
+    elif not config.compile and not on_gpu and not shutil.which(cpp_extension.get_cxx_compiler()):
+        config.compile, reason = "no", "there is no C++ compiler"
+    elif not config.compile:
+        config.compile, reason = "yes", "a long run; the first step takes about 20 s"
+    if config.compile not in ("yes", "no"):
+        raise ValueError(f"compile {config.compile!r} is neither yes nor no")
+    print(f"compile  {config.compile}: {reason}")
+    used = scan.backend(config.device)
+    print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
     if not config.lr > 0:
         raise ValueError(f"lr is {config.lr}; it must be above 0")
     for name in ("batch_size", "max_steps", "eval_rows"):
@@ -319,6 +334,7 @@ def train(config, given=()):
     elif os.path.exists(path):
         raise ValueError(f"{path} exists; go on from it with --resume, or choose another --out_dir")
     config = resolve(config)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
 
     tok = Tokenizer(config.tokenizer, n_masks=config.block_size // 8)
@@ -365,7 +381,7 @@ def train(config, given=()):
         begin = max(begin, start)
         if begin in stretches:
             save(begin)
-            evaluation = Evaluation(begin, *validation(step_model, config), before, every_arm)
+            evaluation = Evaluation(begin, *validation(model, config), before, every_arm)
             before = evaluation.losses
             predicted = scheduler.predicted
             scheduler.update(begin, evaluation.losses)

@@ -240,6 +240,17 @@ def test_without_a_build_it_falls_back_and_says_why_in_one_line(tmp_path, enviro
     assert forced.returncode != 0 and "SCAN_BACKEND=cpp has no kernel" in err, out + err
 
 
+def test_it_builds_without_ninja_and_names_the_compilers_first_error(tmp_path, monkeypatch, capsys):
+    if S.backend("cpu").name != "cpp":
+        pytest.skip(f"no C++ kernel: {S.backend('cpu').reason}")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
+    assert S.load.__wrapped__("cpp")[0].birdie_scan
+    monkeypatch.setattr(S, "KERNEL", "this is not C++")
+    kernel, reason = S.load.__wrapped__("cpp")
+    assert kernel is None and "error:" in reason and reason in capsys.readouterr().err
+
+
 def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not os.path.exists(nvcc):

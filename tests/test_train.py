@@ -17,7 +17,7 @@ from train import Config, Log, learning_rate, load_checkpoint, load_model, main,
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(n_layer=2, d_model=16, d_state=16, block_size=128, batch_size=4, eval_rows=1, workers=0, device="cpu",
-            dtype="float32", max_steps=24, lr=1e-2, mixture="fixed")
+            dtype="float32", compile="no", max_steps=24, lr=1e-2, mixture="fixed")
 
 
 @pytest.fixture(scope="module")
