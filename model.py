@@ -19,6 +19,8 @@ last is causal, so parameters and cost are those of a causal model. `reset` (B, 
 begin and which tokens are causal; `Layout` turns it into what the blocks need.
 
 Run it:  python model.py            parameters, shapes, and which input each output can see
+         python model.py --ckpt=out/ckpt.pt --prompt='def main'             a trained model goes on
+         python model.py --ckpt=out/ckpt.pt --prompt='x = ___' --objective=infill      see --help
 
 Departures from the paper, all ours: the input is scaled by (1 - f) and forget biases are spread, so that
 channels remember from one token to block_size tokens; a width-4 causal convolution stands before the
@@ -26,11 +28,13 @@ Gated SSM's gates. `scale_input=False, conv_width=0` gives the paper's bare form
 things up far later, if at all (tests/test_model.py compares them).
 """
 import math
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from scan import RESET_FORWARD, RESET_REVERSE, scan
 
@@ -49,6 +53,7 @@ class ModelConfig:
     causal: bool = False       # True: no block reads the prefix right to left
     conv_width: int = 4        # of the convolution before the gates; 0: none (Gated SSM only)
     scale_input: bool = True   # Gated SSM: input times (1 - f); False is the paper's bare form
+    recompute: bool = False    # keep no activations inside blocks, compute them again in backward
 
     def __post_init__(self):
         if self.arch not in ARCHS:
@@ -308,7 +313,10 @@ class LM(nn.Module):
         x = self.embed(tokens)
         new_states = []
         for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            x, state = block(x, layout, state)
+            if self.config.recompute and self.training and torch.is_grad_enabled():
+                x, state = checkpoint(block, x, layout, state, use_reentrant=False)
+            else:
+                x, state = block(x, layout, state)
             new_states.append(state)
         return x, new_states
 
@@ -407,5 +415,45 @@ def demo():
         print(f"  {name} " + f"    {name} ".join("".join(" #"[int(s)] for s in grid[t]) for grid in grids))
 
 
+def as_trained(objective, text, tok, start, end):
+    """(prefix, start) of a prompt, laid out as training samples of the objective are."""
+    ids = tok.encode(text)
+    if objective == "continue":
+        return [], [tok.GEN, *ids]
+    if objective == "infill":
+        parts = text.split("___")
+        if not 1 < len(parts) <= tok.n_masks + 1:
+            raise ValueError(f"the prompt has {len(parts) - 1} gaps; write 1 to {tok.n_masks} of them as ___")
+        ids = [token for k, part in enumerate(parts) for token in (*[tok.MASKS[k - 1]][:k], *tok.encode(part))]
+    if objective == "lookup":
+        ids = [tok.COPY, tok.START, *tok.encode(start), tok.END, *tok.encode(end), tok.CONTEXT, *ids]
+    cls = {"infill": "infilling", "lookup": "selective_copying", "copy": "copying", "unshuffle": "deshuffling"}[objective]
+    return [tok.paradigm[cls], *ids], [tok.GEN]
+
+
+def try_out(argv):
+    """A trained model answers a prompt."""
+    import argparse
+    from train import load_model
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    parser.add_argument("--prompt", required=True, help="the text; infill: gaps as ___; unshuffle: shuffled text")
+    parser.add_argument("--objective", default="continue", choices=("continue", "infill", "copy", "unshuffle", "lookup"))
+    parser.add_argument("--start", default="", help="lookup: what stands just before the answer in the prompt")
+    parser.add_argument("--end", default="", help="lookup: what stands just after it")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    parser.add_argument("--top_k", type=int, help="sample from so many tokens at most")
+    args = parser.parse_args(argv)
+    try:
+        model, tok, _ = load_model(args.ckpt)
+        prompt = as_trained(args.objective, args.prompt, tok, args.start, args.end)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")
+    answer, = model.eval().generate([prompt], args.max_new_tokens, tok.DONE, args.temperature, args.top_k)
+    print((args.prompt if args.objective == "continue" else "") + tok.decode(answer).removesuffix("<DONE>"))
+
+
 if __name__ == "__main__":
-    demo()
+    try_out(sys.argv[1:]) if len(sys.argv) > 1 else demo()

@@ -38,14 +38,21 @@ from torch.utils import cpp_extension
 from tqdm import tqdm
 
 import scan
-from model import LM, ModelConfig
+from model import ARCHS, LM, ModelConfig
 from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
 from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 
-# Sizes of the default runs, by what the machine has. Every field is also a flag.
+# Sizes by name; every field is also a flag. The blocks of each architecture differ in size, so their
+# numbers are such that the parameters are alike. 1.4b is the paper's (table 7; its learning rate is ours).
 PRESETS = {
-    "cpu": dict(n_layer=4, d_model=192, d_state=384, block_size=512, batch_size=16, max_steps=1500, lr=3e-3),
-    "gpu": dict(n_layer=12, d_model=512, d_state=1024, block_size=2048, batch_size=32, max_steps=8000, lr=1e-3),
+    "cpu": dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4,
+                block_size=512, batch_size=16, max_steps=1500, lr=3e-3),
+    "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8,
+                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3),
+    "110m": dict(n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12,
+                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4),
+    "1.4b": dict(n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16,
+                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4),
 }
 
 
@@ -55,12 +62,13 @@ class Config:
     data: str = ""                 # text file, folder, glob, .jsonl or nanoGPT folder; "": Python's own library
     tokenizer: str = "bytes"       # "bytes", a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
-    preset: str = ""               # sizes left at 0 come from here: cpu or gpu; "": by what the machine has
+    preset: str = ""               # sizes left at 0 come from here: cpu, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
     n_layer: int = 0
     d_model: int = 0
     d_state: int = 0               # channels of the recurrence
+    n_head: int = 0                # of the Transformer
     block_size: int = 0            # tokens in a row
     batch_size: int = 0            # rows in a step
     max_steps: int = 0
@@ -73,6 +81,7 @@ class Config:
     workers: int = 1               # processes that make batches
     device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
     dtype: str = ""                # float32 or bfloat16 matrix products; "": what is faster here
+    recompute: bool = False        # activations in backward: less memory, about a third more time
     compile: str = ""              # yes or no; "": yes for runs of 2 million tokens and more
     resume: bool = False           # go on from out_dir/ckpt.pt
 
@@ -142,8 +151,10 @@ def resolve(config):
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if config.arch not in ARCHS:
+        raise ValueError(f"arch {config.arch!r} is unknown; choose one of {', '.join(ARCHS)}")
     for name, value in PRESETS[config.preset].items():
-        setattr(config, name, getattr(config, name) or value)
+        setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
 
     reason = "asked for"
     if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import model as model_module
 from model import ARCHS, LM, Layout, ModelConfig, demo
 from scan import RESET_FORWARD, RESET_REVERSE
+from train import PRESETS
 
 VARIANTS = [(arch, causal) for arch in ARCHS for causal in (False, True)]
 T = 40
@@ -273,6 +274,57 @@ def test_reading_both_ways_costs_no_parameter(arch):
 def test_a_bad_configuration_names_its_remedy(bad, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**bad)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("preset, low, high", [("cpu", 1.4e6, 2.0e6), ("gpu", 28e6, 36e6), ("110m", 100e6, 112e6),
+                                               ("1.4b", 1.2e9, 1.4e9)])
+def test_presets_have_their_sizes_in_every_architecture(arch, preset, low, high):
+    """Parameters outside embedding and head; 48, 20 and 24 blocks at the paper's size (table 7)."""
+    sizes = PRESETS[preset]
+    names = ("d_model", "d_state", "n_head", "block_size")
+    with torch.device("meta"):
+        model = LM(ModelConfig(arch=arch, n_layer=sizes["n_layer"][arch], **{name: sizes[name] for name in names}))
+    assert low < sum(p.numel() for p in model.blocks.parameters()) < high
+    assert preset != "1.4b" or len(model.blocks) == {"gated_ssm": 48, "hawk": 20, "transformer": 24}[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_recomputing_activations_changes_no_gradient(arch):
+    tokens, reset, _ = packed_batch(torch.Generator().manual_seed(0), 4)
+    grads = []
+    for recompute in (False, True):
+        model = small(arch, recompute=recompute)
+        model(tokens, reset, tokens)[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(g, h) for g, h in zip(*grads))
+
+
+def test_rg_lru_equals_an_implementation_of_others():
+    """The layer of the transformers package, weights copied over: forward and gradients."""
+    gemma = pytest.importorskip("transformers.models.recurrent_gemma", reason="needs the transformers package")
+    N = 16
+    ours = model_module.Hawk(ModelConfig(arch="hawk", d_model=8, d_state=N), False)
+    config = gemma.configuration_recurrent_gemma.RecurrentGemmaConfig(lru_width=N, hidden_size=N, num_attention_heads=1)
+    theirs = gemma.modeling_recurrent_gemma.RecurrentGemmaRglru(config)
+    with torch.no_grad():
+        for name, source in (("recurrent_gate", ours.W_a), ("input_gate", ours.W_x)):
+            getattr(theirs, f"{name}_weight").copy_(source.weight.T[None])
+            getattr(theirs, f"{name}_bias").copy_(source.bias[None])
+        theirs.recurrent_param.copy_(ours.L)
+    v, reset = torch.randn(2, 30, N), torch.zeros(2, 30, dtype=torch.uint8)
+    weight, results = torch.randn(2, 30, N), []
+    position = torch.arange(1, 31).expand(2, 30)                       # its position 0 would be a reset
+    for run, params in ((lambda v: ours.rg_lru(v, Layout(reset, ModelConfig(arch="hawk")))[0],
+                         (ours.W_a.weight, ours.W_x.weight, ours.L)),
+                        (lambda v: theirs(v, position),
+                         (theirs.recurrent_gate_weight, theirs.input_gate_weight, theirs.recurrent_param))):
+        leaf = v.clone().requires_grad_()
+        h = run(leaf)
+        results.append([h, *torch.autograd.grad((h * weight).sum(), (leaf, *params))])
+    for one, other in zip(*results):
+        other = other[0].T if other.ndim == 3 and other.shape[0] == 1 else other
+        assert (one - other).abs().max() <= 1e-5 * max(1, one.abs().max())
 
 
 # ---- learning ----

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import model
 import train
-from objectives import CLASSES
+from objectives import CLASSES, Tokenizer, arms, make_sample
 from train import Config, Log, learning_rate, load_checkpoint, load_model, main, parse_args, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -157,10 +158,40 @@ def test_the_log_holds_every_arm_at_every_evaluation(finished):
 
 
 def test_a_saved_model_loads_and_decodes_as_it_was(finished):
-    model, tok, checkpoint = load_model(os.path.join(finished, "ckpt.pt"))
+    trained, tok, checkpoint = load_model(os.path.join(finished, "ckpt.pt"))
     assert checkpoint["step"] == 24
-    answer, = model.generate([(tok.encode("def f("), [tok.GEN])], 8)
+    answer, = trained.generate([(tok.encode("def f("), [tok.GEN])], 8)
     assert len(answer) == 8 and isinstance(tok.decode(answer), str)
+
+
+@pytest.mark.parametrize("flags_", [[], ["--objective=copy"], ["--objective=unshuffle"], ["--temperature=1", "--top_k=5"],
+                                    ["--objective=infill"], ["--objective=lookup", "--start=def ", "--end=("]])
+def test_a_person_can_try_a_trained_model(finished, flags_, capsys):
+    model.try_out([f"--ckpt={finished}/ckpt.pt", "--prompt=def f(x): return ___ + ___", "--max_new_tokens=8", *flags_])
+    assert len(capsys.readouterr().out) > 1
+
+
+@pytest.mark.parametrize("flags_, remedy", [(["--objective=infill"], "___"), (["--ckpt=/no"], "train one"), (["--nothing"], "--help")])
+def test_a_wrong_prompt_ends_in_one_line(finished, flags_, remedy):
+    with pytest.raises(SystemExit, match=f"^error: .*{remedy}"):
+        model.try_out([f"--ckpt={finished}/ckpt.pt", "--prompt=no gap", *flags_])
+
+
+def test_prompts_are_laid_out_as_training_samples_are():
+    """Infilling, copying and selective copying of one text, against objectives.make_sample."""
+    tok = Tokenizer(n_masks=32)
+    prefix, start = model.as_trained("infill", "a___c___", tok, "", "")
+    a, c = tok.encode("ac")
+    assert prefix == [tok.paradigm["infilling"], a, tok.MASKS[0], c, tok.MASKS[1]] and start == [tok.GEN]
+    text = tok.encode("".join(chr(33 + i % 90) for i in range(60)))
+    for arm in arms(256):
+        if arm.cls == "copying" and arm.shortest <= 60 <= arm.longest:
+            for seed in range(9):
+                made, _ = make_sample(arm, text, np.random.default_rng(seed), tok)
+                if made[0] == tok.paradigm["copying"]:
+                    assert made.tolist() == list(map(int, model.as_trained("copy", tok.decode(text), tok, "", "")[0]))
+                    return
+    raise AssertionError("no arm copies 60 tokens")
 
 
 # ---- learning ----
