@@ -13,7 +13,8 @@ import torch
 
 import model
 import train
-from objectives import CLASSES, Tokenizer, arms, make_sample
+from model import ARCHS, LM, ModelConfig
+from objectives import CLASSES, RESET_FORWARD, Batches, Corpus, Tokenizer, arms, make_sample
 from train import Config, Log, learning_rate, load_checkpoint, load_model, main, parse_args, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -119,6 +120,31 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error_and_the_way_to_run_m
             main(flags(out_dir=finished, resume=True, **wrong))
     assert open(path, "rb").read() == before
     main(flags(out_dir=finished, resume=True, workers=1, n_layer=2))
+
+
+# ---- no leak, from text to logits ----
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_another(text, arch):
+    """Every class in packed rows of the real pipeline; one token changed; bit for bit."""
+    tok = Tokenizer(n_masks=16)
+    batches = Batches(Corpus(text, tok), tok, 128, 16)
+    batch = batches.batch(1, 0, 0, np.full(len(batches.arms), 1 / len(batches.arms)), "train")
+    tokens, reset, targets = (torch.from_numpy(batch[key]) for key in ("tokens", "reset", "targets"))
+    model_ = LM(ModelConfig(arch=arch, vocab_size=tok.vocab_size, block_size=128, d_model=32, d_state=32, n_head=2))
+    with torch.no_grad():
+        before = model_(tokens, reset)[0]
+        for seed in range(30):
+            rng, changed, allowed = np.random.default_rng(seed), tokens.clone(), torch.zeros(16, 128, dtype=torch.bool)
+            for b in range(16):
+                at = int(rng.integers(128))
+                starts = (reset[b] & RESET_FORWARD).nonzero().flatten().tolist() + [128]
+                first, end = max(s for s in starts if s <= at), min(s for s in starts if s > at)
+                changed[b, at] = 0 if tokens[b, at] else 1
+                causal = (targets[b, first:end] != -100).nonzero()           # none in padding
+                first_label = first + int(causal[0]) if len(causal) else end
+                allowed[b, (at if at > first_label else first):end] = True   # GEN at first_label is no label
+            assert not ((model_(changed, reset)[0] != before).any(-1) & ~allowed).any()
 
 
 # ---- the run folder ----
