@@ -24,8 +24,8 @@ Run it:  python model.py            parameters, shapes, and which input each out
 
 Departures from the paper, all ours: the input is scaled by (1 - f) and forget biases are spread, so that
 channels remember from one token to block_size tokens; a width-4 causal convolution stands before the
-Gated SSM's gates. `scale_input=False, conv_width=0` gives the paper's bare form, which learns to look
-things up far later, if at all (tests/test_model.py compares them).
+Gated SSM's gates. `scale_input=False, conv_width=0` gives the paper's bare form, which takes about twice as
+many steps to learn to look things up (README; tests/test_model.py compares them).
 """
 import math
 import sys
