@@ -450,14 +450,23 @@ def show_samples(model, tok, validation, every_arm, config, longest=160):
         if not prefix:  # next token prediction continues the first half of a text
             half = len(label) // 2
             start, label = start + label[:half], label[half:]
+            opening = start
         label = label[:longest]
         answer, = model.generate([(prefix, start)], len(label), stop=tok.DONE)
         right = np.mean([a == b for a, b in zip(answer + [None] * len(label), label)])
         print(f"\n--- {name}: {right:.0%} of {len(label)} tokens right")
-        for title, ids in (("input", prefix or start), ("target", label), ("model", answer)):
-            text = tok.decode(ids)
-            text = text if len(text) <= 2 * longest else text[:longest] + " ... " + text[-longest:]
-            print(f"{title:>7s} | " + text.replace("\n", "\n        | "))
+        show_text(tok, input=prefix or start, target=label, model=answer)
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    answer, = model.generate([([], opening)], 2 * longest, tok.DONE, temperature=0.7, generator=generator)
+    print("\n--- the first text again, sampled at temperature 0.7")
+    show_text(tok, model=answer)
+
+
+def show_text(tok, longest=320, **parts):
+    for title, ids in parts.items():
+        text = tok.decode(ids)
+        text = text if len(text) <= longest else text[:longest // 2] + " ... " + text[-longest // 2:]
+        print(f"{title:>7s} | " + text.replace("\n", "\n        | "))
 
 
 def main(argv=None):
