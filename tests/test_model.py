@@ -300,6 +300,16 @@ def test_recomputing_activations_changes_no_gradient(arch):
     assert all(torch.equal(g, h) for g, h in zip(*grads))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_model_compiles_without_a_graph_break(arch):
+    tokens, reset, _ = packed_batch(torch.Generator().manual_seed(0), 2)
+    model, losses = small(arch, n_layer=2), []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        losses.append(forward(tokens, reset, tokens)[1])
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    assert torch.allclose(*losses) and all(torch.allclose(g, h, atol=1e-5) for g, h in zip(*grads))
+
+
 def test_rg_lru_equals_an_implementation_of_others():
     """The layer of the transformers package, weights copied over: forward and gradients."""
     gemma = pytest.importorskip("transformers.models.recurrent_gemma", reason="needs the transformers package")
