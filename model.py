@@ -14,8 +14,8 @@ Symbols: B batch, T tokens in a row, D = d_model, N = d_state (channels of the r
 u the normalised input of a block, h the recurrence's state, f, a gates that forget, i a gate that lets in.
 
 A row holds packed samples, each `prefix, GEN, label` (section 3.1). In a bidirectional block the second
-half of the N channels scans right to left over the prefix; every other block is bidirectional and the
-last is causal, so parameters and cost are those of a causal model. `reset` (B, T) says where samples
+half of the N channels scans right to left over the prefix; blocks 0, 2, 4 ... are bidirectional, the others
+causal (every Transformer block sees the prefix both ways), at a causal model's parameters and cost. `reset` (B, T) says where samples
 begin and which tokens are causal; `Layout` turns it into what the blocks need.
 
 Run it:  python model.py            parameters, shapes, and which input each output can see
@@ -374,7 +374,7 @@ class LM(nn.Module):
         """logits (B, V) -> tokens (B,)."""
         if temperature == 0:
             return logits.argmax(-1)
-        if top_k is not None:
+        if top_k:
             kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
         return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
@@ -424,7 +424,9 @@ def as_trained(objective, text, tok, start, end):
         parts = text.split("___")
         if not 1 < len(parts) <= tok.n_masks + 1:
             raise ValueError(f"the prompt has {len(parts) - 1} gaps; write 1 to {tok.n_masks} of them as ___")
-        ids = [token for k, part in enumerate(parts) for token in (*[tok.MASKS[k - 1]][:k], *tok.encode(part))]
+        ids = list(tok.encode(parts[0]))
+        for mask, part in zip(tok.MASKS, parts[1:]):
+            ids += [mask, *tok.encode(part)]
     if objective == "lookup":
         ids = [tok.COPY, tok.START, *tok.encode(start), tok.END, *tok.encode(end), tok.CONTEXT, *ids]
     cls = {"infill": "infilling", "lookup": "selective_copying", "copy": "copying", "unshuffle": "deshuffling"}[objective]

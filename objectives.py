@@ -229,7 +229,7 @@ def _check_nanogpt(path: Path, tok: Tokenizer) -> None:
 
 
 class Corpus:
-    """Two streams of token ids, 'train' and 'val', that share no document; memory-mapped.
+    """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
     data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
     or '' for the source of Python's standard library. Text is tokenised once, into the folder

@@ -405,7 +405,7 @@ def build(kind):
         if cuda is None:
             raise RuntimeError("no CUDA toolkit (nvcc) found; install one or set CUDA_HOME")
         compiler, target = f"{cuda}/bin/nvcc", "{}{}".format(*torch.cuda.get_device_capability())
-        links = [f"-Wl,-rpath,{cuda}/lib64"]
+        flags, links = [*flags, f"-arch=sm_{target}"], [f"-Wl,-rpath,{cuda}/lib64"]
     else:
         compiler, info = cpp_extension.get_cxx_compiler(), pathlib.Path("/proc/cpuinfo")
         lines = info.read_text().splitlines() if info.exists() else []
@@ -425,7 +425,7 @@ def build(kind):
                 cpp_extension.load(name, [str(source)], extra_cflags=flags, extra_cuda_cflags=flags,
                                    extra_ldflags=links, build_directory=folder, is_python_module=False)
             else:                       # which load cannot do without; the same command, run here
-                shared = ["-Xcompiler", "-fPIC", f"-arch=sm_{target}"] if kind == "cuda" else ["-fPIC"]
+                shared = ["-Xcompiler", "-fPIC"] if kind == "cuda" else ["-fPIC"]
                 subprocess.run([compiler, *flags, *shared, "-shared", str(source), "-o", f"{folder}/{name}.so"],
                                capture_output=True, text=True, check=True)
             os.replace(pathlib.Path(folder, f"{name}.so"), library)

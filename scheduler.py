@@ -367,7 +367,11 @@ def plot(log: str):
         import matplotlib.pyplot as plt
     except ImportError:
         raise SystemExit("error: the picture needs matplotlib; pip install matplotlib")
-    with open(log) as file:
+    try:
+        file = open(log)
+    except OSError as error:
+        raise SystemExit(f"error: {log} cannot be read ({error.strerror}); name the log.jsonl of a run")
+    with file:
         head, *lines = [json.loads(line) for line in file]
     evaluations = [line for line in lines if "eval" in line]
     steps = [line["step"] for line in evaluations]

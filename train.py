@@ -4,7 +4,7 @@
             batch(seed, rank, step, action)   -> loss -> AdamW (betas 0.9, 0.95), clipped, warm-up, cosine
 
 Run it:  python train.py                                a small model on this machine's Python library
-         python train.py --data=books/ --mixture=ntp    your own text, next token prediction only
+         python train.py --data=books/ --mixture=ntp    your own text, a causal model, next token prediction only
          python train.py --out_dir=out --resume         go on from the last checkpoint
          python train.py --help                         every setting
 
@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 
 # Threads that wait must not spin: with 4 threads on 4 cores and one other busy process, a step took
 # 4.2 s; with this, 0.5 s. It must be set before torch starts its threads.
@@ -43,7 +44,8 @@ from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
 from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 
 # Sizes by name; every field is also a flag. The blocks of each architecture differ in size, so their
-# numbers are such that the parameters are alike. 1.4b is the paper's (table 7; its learning rate is ours).
+# numbers are such that the parameters are alike. 1.4b is the paper's (table 7; its learning rate is ours):
+# its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
 PRESETS = {
     "cpu": dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4,
                 block_size=512, batch_size=16, max_steps=1500, lr=3e-3),
@@ -126,10 +128,10 @@ def resolve(config):
     else:
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
         reason = "found one" if config.device == "cuda" else "torch finds no CUDA device"
-    try:
-        on_gpu = torch.device(config.device).type == "cuda"
-    except RuntimeError:
+    kind = config.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"device {config.device!r} is unknown; choose cpu, cuda or cuda:N")
+    on_gpu = kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} was asked for, but torch {torch.__version__} finds no CUDA "
                          f"device; pass --device=cpu")
@@ -147,7 +149,9 @@ def resolve(config):
         raise ValueError(f"dtype {config.dtype!r} is unknown; choose float32 or bfloat16")
     print(f"dtype    {config.dtype}: {reason}")
 
-    config.causal = config.causal or config.mixture == "birdie-causal"
+    if config.mixture in ("ntp", "birdie-causal") and not config.causal:
+        config.causal = True      # without prefixes, channels that run right to left would remember nothing
+        print(f"causal   yes: {config.mixture} has no use for reading both ways")
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -159,8 +163,8 @@ def resolve(config):
     reason = "asked for"
     if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:
         config.compile, reason = "no", "the run is over before it pays"
-    elif not config.compile and not on_gpu and not shutil.which(cpp_extension.get_cxx_compiler()):
-        config.compile, reason = "no", "there is no C++ compiler"
+    elif not config.compile and not (find_spec("triton") if on_gpu else shutil.which(cpp_extension.get_cxx_compiler())):
+        config.compile, reason = "no", "there is no " + ("Triton" if on_gpu else "C++ compiler")
     elif not config.compile:
         config.compile, reason = "yes", "a long run; the first step takes about 20 s"
     if config.compile not in ("yes", "no"):
@@ -170,9 +174,9 @@ def resolve(config):
     print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
     if not config.lr > 0:
         raise ValueError(f"lr is {config.lr}; it must be above 0")
-    for name in ("batch_size", "max_steps", "eval_rows"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name, least in (("batch_size", 1), ("max_steps", 1), ("eval_rows", 1), ("seed", 0), ("workers", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
     return config
 
 
@@ -231,7 +235,7 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir={os.path.dirname(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "model", "optimizer", "scheduler", "step", "losses", "tokenizer"} - set(checkpoint)
+        missing = {"config", "model", "optimizer", "scheduler", "step", "data", "losses", "tokenizer"} - set(checkpoint)
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
@@ -337,7 +341,7 @@ class Evaluation:
 
 
 def train(config, given=()):
-    """The whole run. Returns the model and its tokenizer."""
+    """The whole run, into config.out_dir; `given` names the fields that the command line set."""
     path = os.path.join(config.out_dir, "ckpt.pt")
     checkpoint = load_checkpoint(path) if config.resume else None
     if checkpoint:
@@ -346,6 +350,8 @@ def train(config, given=()):
         raise ValueError(f"{path} exists; go on from it with --resume, or choose another --out_dir")
     config = resolve(config)
     keep_freed_memory()
+    torch.use_deterministic_algorithms(True, warn_only=True)      # compiled, the embedding's gradient is not
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(config.seed)
 
     tok = Tokenizer(config.tokenizer, n_masks=config.block_size // 8)
@@ -353,7 +359,11 @@ def train(config, given=()):
     scheduler = make_scheduler(config.mixture, every_arm, config.max_steps, config.seed)
     model = LM(model_config(config, tok)).to(config.device)
     corpus = Corpus(config.data, tok)
+    if checkpoint and checkpoint["data"] != corpus.size:
+        raise ValueError(f"the run was trained on {checkpoint['data']} tokens and --data now has {corpus.size}; give it "
+                         f"the same text, or start anew in another --out_dir")
     batches = Batches(corpus, tok, config.block_size, config.batch_size)
+    batches.batch(config.seed, 0, 0, scheduler.action, "train")   # what is wrong with the text shows here
     validation = Validation(Batches(corpus, tok, config.block_size, config.eval_rows), len(every_arm))
     optimizer = torch.optim.AdamW(model.parameter_groups(config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
                                   fused=True)
@@ -369,15 +379,19 @@ def train(config, given=()):
         scheduler.load_state_dict(checkpoint["scheduler"])
         start, before = checkpoint["step"], checkpoint["losses"] and np.array(checkpoint["losses"])
     if not checkpoint:
-        log.write(step=-1, config=asdict(config), arms=[arm.name for arm in every_arm])
+        log.write(step=-1, config=asdict(config), arms=[arm.name for arm in every_arm], data=corpus.size,
+                  torch=torch.__version__, scan=scan.backend(config.device).name)
     print(f"data     {corpus.size['train']:,} training and {corpus.size['val']:,} validation tokens; {len(every_arm)} arms")
     print(f"model    {config.arch}{' --causal' * config.causal}, {model.n_parameters():,} parameters")
     print(f"run      {config.max_steps:,} steps of {config.batch_size} x {config.block_size} tokens into {config.out_dir}/")
 
     def save(step):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"the weights are no longer finite at step {step}; {path} is from before: start anew in "
+                             f"another --out_dir with a lower --lr (it is {config.lr})")
         save_checkpoint(path, dict(
             config=asdict(config), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), step=step,
-            losses=None if before is None else before.tolist(),
+            data=corpus.size, losses=None if before is None else before.tolist(),
             model=model.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()))
 
     step_model = torch.compile(model) if config.compile == "yes" else model
@@ -398,6 +412,7 @@ def train(config, given=()):
             scheduler.update(begin, evaluation.losses)
             log.write(step=begin, eval=evaluation.entry(predicted, scheduler.action))
             evaluation.show(predicted, scheduler.action)
+            tick, seen = time.perf_counter(), 0
         if end is None:
             break
         for step, batch in enumerate(loader.steps(begin, end, scheduler.action), begin):
@@ -413,9 +428,6 @@ def train(config, given=()):
             seen += batch["tokens"].numel()
             bar.update()
             if (step + 1) % 10 == 0:
-                if not math.isfinite(loss.item()):
-                    raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr (it is {config.lr}), and "
-                                     f"go on from the last evaluation with --resume, or start anew")
                 speed, tick, seen = seen / (time.perf_counter() - tick), time.perf_counter(), 0
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s")
                 log.write(step=step, loss=loss.item(), norm=norm.item(), tokens_per_s=round(speed))
@@ -441,6 +453,8 @@ def show_samples(model, tok, validation, every_arm, config, longest=160):
     """A greedy answer to one validation sample of every class, from the arm with a label of about 64 tokens."""
     chosen = {}
     for k, arm in enumerate(every_arm):
+        if arm.n_done > 1:  # several answers; decoding stops at the first DONE
+            continue
         row = {key: value[k * config.eval_rows] for key, value in validation.rows.items()}
         prefix, label = first_sample(row)
         if arm.cls not in chosen or abs(len(label) - 64) < abs(len(chosen[arm.cls][2]) - 64):

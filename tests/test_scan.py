@@ -275,4 +275,5 @@ def test_demonstration(capsys):
     S.main()
     out = capsys.readouterr().out
     assert S.backend("cpu").name in out and "torch" in out
-    assert all(float(e) < 3e-6 for e in re.findall(r"(?:h|da|dx|dh0) (\d\S+)", out.split("time")[0]))
+    errors = [float(e) for e in re.findall(r"(?:h|da|dx|dh0) (\d\S+)", out.split("times")[0])]
+    assert len(errors) >= 4 and max(errors) < 3e-6

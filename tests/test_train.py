@@ -15,6 +15,7 @@ import model
 import train
 from model import ARCHS, LM, ModelConfig
 from objectives import CLASSES, RESET_FORWARD, Batches, Corpus, Tokenizer, arms, make_sample
+from scheduler import mixture
 from train import Config, Log, learning_rate, load_checkpoint, load_model, main, parse_args, save_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -129,7 +130,8 @@ def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_ano
     """Every class in packed rows of the real pipeline; one token changed; bit for bit."""
     tok = Tokenizer(n_masks=16)
     batches = Batches(Corpus(text, tok), tok, 128, 16)
-    batch = batches.batch(1, 0, 0, np.full(len(batches.arms), 1 / len(batches.arms)), "train")
+    batch = batches.batch(1, 0, 0, mixture("fixed", batches.arms), "train")
+    assert {batches.arms[k].cls for k in set(batch["arm"].flatten()) - {-1}} == set(CLASSES)
     tokens, reset, targets = (torch.from_numpy(batch[key]) for key in ("tokens", "reset", "targets"))
     model_ = LM(ModelConfig(arch=arch, vocab_size=tok.vocab_size, block_size=128, d_model=32, d_state=32, n_head=2))
     with torch.no_grad():
@@ -148,6 +150,23 @@ def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_ano
 
 
 # ---- the run folder ----
+
+def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(text, tmp_path):
+    with pytest.raises(SystemExit, match="no longer finite at step .* lower --lr"):
+        tiny(tmp_path / "out", text, lr=1e30, clip=1e30, max_steps=40)
+    checkpoint = load_checkpoint(str(tmp_path / "out" / "ckpt.pt"))
+    assert all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+def test_resuming_on_other_text_is_an_error(finished, text):
+    original = open(text).read()
+    try:
+        open(text, "w").write(original[:-2000])
+        with pytest.raises(SystemExit, match="the same text"):
+            main(flags(out_dir=finished, resume=True))
+    finally:
+        open(text, "w").write(original)
+
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     path = str(tmp_path / "ckpt.pt")
@@ -249,6 +268,7 @@ BAD = [
     (dict(device="gpux"), "choose cpu"), (dict(device="cuda"), "--device=cpu"), (dict(dtype="int8"), "choose float32"),
     (dict(compile="maybe"), "yes nor no"), (dict(block_size=16), "--block_size"), (dict(max_steps=-1), "at least 1"),
     (dict(batch_size=-2), "at least 1"), (dict(n_layer=-1), "at least 1"), (dict(lr=-1), "lr"), (dict(lr="fast"), "--help"),
+    (dict(seed=-1), "at least 0"), (dict(workers=-1), "at least 0"), (dict(device="mps"), "choose cpu"),
     (dict(n_layers=3), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="/dev/null/out"), "--out_dir"),
     (dict(out_dir="taken"), "--resume"), (dict(out_dir="nothing", resume=True), "--out_dir"),
     (dict(out_dir="cut", resume=True), "damaged"), (dict(out_dir="hostile", resume=True), "damaged"),
