@@ -137,7 +137,7 @@ def _encoding(name: str) -> tiktoken.Encoding:
 
 # ---------------------------------------------------------------------------------------- corpus
 CHUNK = 1 << 17  # characters tokenised at once: bounded memory, whatever the file
-FORMAT = 1       # of the cached tokens: raise it when they change
+FORMAT = 2       # of the cached tokens: raise it when they change
 NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 

@@ -365,9 +365,9 @@ def table(n: int):
     """The bandit against others over n simulated worlds, a process a core."""
     print(f"{'total loss after the run':34s}{'mean':>7s}{'std':>7s}  beats uniform in")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        uniform = np.array(list(pool.map(run_way, ["uniform"] * n, range(n))))
         for way in WAYS:
             totals = np.array(list(pool.map(run_way, [way] * n, range(n))))
-            uniform = totals if way == "uniform" else uniform
             print(f"{way:34s}{totals.mean():7.2f}{totals.std():7.2f}  {(totals < uniform).sum():3d} of {n}", flush=True)
 
 
