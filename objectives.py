@@ -71,13 +71,13 @@ CLASSES = tuple(cls for cls, _, _ in CONFIGURATIONS)
 class Tokenizer:
     """Text to token ids and back; special tokens have the ids above those of text.
 
-    name: 'bytes' (256 tokens, no download), a tiktoken encoding such as 'gpt2' (downloaded once) or the
-    path of a .tiktoken file. n_masks: numbered masks for infilling; T // 8 is enough, see `n_masked`.
+    name: 'bpe2048' (2,048 tokens of Python source and English, in assets/), 'bytes' (256), a tiktoken
+    encoding such as 'gpt2' (downloaded once) or the path of a .tiktoken file. n_masks: numbered masks for infilling; T // 8 is enough, see `n_masked`.
     These two rebuild it. NUL is kept; a lone surrogate, which no encoding can write, becomes U+FFFD;
     any other text survives encoding and decoding exactly. Unusable names: ValueError.
     """
 
-    def __init__(self, name: str = "bytes", n_masks: int = 256):
+    def __init__(self, name: str = "bpe2048", n_masks: int = 256):
         self.name, self.n_masks, self._encoding = name, n_masks, _encoding(name)
         self.n_text, self.fingerprint = self._encoding.n_vocab, self._encoding.name
         names = ["PAD", "GEN", "DONE", "END_OF_TEXT", "COPY", "START", "END", "CONTEXT", "MASK"]
@@ -108,7 +108,7 @@ class Tokenizer:
 
 
 # GPT-2's pattern, but a digit is always its own token: numbers are copied digit by digit. Our choice.
-_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def _encoding(name: str) -> tiktoken.Encoding:
@@ -120,9 +120,11 @@ def _encoding(name: str) -> tiktoken.Encoding:
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as e:
             raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(e).__name__}): pass "
-                             "--tokenizer bytes or a .tiktoken file, or try again with a network") from None
+                             "--tokenizer bpe2048 or a .tiktoken file, or try again with a network") from None
+    if name == "bpe2048":
+        name = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe2048.tiktoken")
     if not os.path.isfile(name):
-        raise ValueError(f"tokenizer {name!r} is neither 'bytes', nor a .tiktoken file, nor one of "
+        raise ValueError(f"tokenizer {name!r} is neither 'bpe2048' nor 'bytes', nor a .tiktoken file, nor one of "
                          f'{", ".join(tiktoken.list_encoding_names())}: pass one of these')
     digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()  # or tiktoken may read an old copy
     try:
@@ -132,7 +134,7 @@ def _encoding(name: str) -> tiktoken.Encoding:
     if sum(len(token) == 1 for token in ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{name} is no .tiktoken file: it must have a token in base64, a space and a rank "
                          "on each line, all 256 single bytes among them, and ranks 0, 1, 2... once each")
-    return tiktoken.Encoding(f"file-{digest}", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding(f"file-{digest}", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 # ---------------------------------------------------------------------------------------- corpus

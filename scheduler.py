@@ -136,14 +136,16 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str) -> np.n
 
     "flat": uniform numbers, normalised (figure 4). With 96 arms none of these gives an arm more than about
     twice its share, so next token prediction could never pass 2%, yet figure 5 shows classes between 0
-    and 60%. "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each.
+    and 60%. "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each; on
+    average every arm has the same share, as in figure 4's, so a model that knows nothing yet chooses that.
     """
     if kind == "flat":
         weights = rng.random((n, len(arms)))
     else:
         classes = list(dict.fromkeys(arm.cls for arm in arms))
         member = np.array([classes.index(arm.cls) for arm in arms])
-        shares = rng.dirichlet(np.full(len(classes), 0.5), n)                       # (n, classes)
+        sizes = np.bincount(member)
+        shares = rng.dirichlet(0.5 * len(classes) * sizes / sizes.sum(), n)         # (n, classes)
         within = rng.exponential(size=(n, len(arms)))
         sums = np.stack([within[:, member == c].sum(1) for c in range(len(classes))], 1)
         weights = shares[:, member] * within / sums[:, member]

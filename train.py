@@ -48,13 +48,13 @@ from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 # its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
 PRESETS = {
     "cpu": dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4,
-                block_size=512, batch_size=16, max_steps=1500, lr=3e-3),
+                block_size=128, batch_size=32, max_steps=4000, lr=3e-3, eval_rows=4),
     "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8,
-                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3),
+                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3, eval_rows=1),
     "110m": dict(n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12,
-                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4),
+                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4, eval_rows=1),
     "1.4b": dict(n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16,
-                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4),
+                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4, eval_rows=1),
 }
 
 
@@ -62,7 +62,7 @@ PRESETS = {
 class Config:
     out_dir: str = "out"           # run folder: checkpoint and log
     data: str = ""                 # text file, folder, glob, .jsonl or nanoGPT folder; "": Python's own library
-    tokenizer: str = "bytes"       # "bytes", a tiktoken name, or a .tiktoken file
+    tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
     preset: str = ""               # sizes left at 0 come from here: cpu, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
@@ -78,7 +78,7 @@ class Config:
     warmup: float = 0.02           # share of the steps in which the learning rate rises
     weight_decay: float = 0.1
     clip: float = 1.0              # largest norm of the gradient
-    eval_rows: int = 1             # validation rows for each arm
+    eval_rows: int = 0             # validation rows for each arm
     seed: int = 1                  # of the weights and the batches
     workers: int = 1               # processes that make batches
     device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
@@ -121,6 +121,17 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: no less than 2 GB is given back
 
 
+def sized(config):
+    """Fill in from the preset what was left at 0."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if config.arch not in ARCHS:
+        raise ValueError(f"arch {config.arch!r} is unknown; choose one of {', '.join(ARCHS)}")
+    for name, value in PRESETS[config.preset].items():
+        setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
+    return config
+
+
 def resolve(config):
     """Fill in what was left open, and print each choice with its reason."""
     if config.device:
@@ -153,12 +164,7 @@ def resolve(config):
         config.causal = True      # without prefixes, channels that run right to left would remember nothing
         print(f"causal   yes: {config.mixture} has no use for reading both ways")
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
-    if config.preset not in PRESETS:
-        raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    if config.arch not in ARCHS:
-        raise ValueError(f"arch {config.arch!r} is unknown; choose one of {', '.join(ARCHS)}")
-    for name, value in PRESETS[config.preset].items():
-        setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
+    sized(config)
 
     reason = "asked for"
     if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:

@@ -7,6 +7,7 @@ Times are medians of interleaved rounds. Random tokens; bfloat16 matrix products
 """
 import argparse
 import importlib.util
+import itertools
 import os
 import statistics
 import sys
@@ -72,25 +73,26 @@ def medians(functions, rounds=5):
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def decoding(arch, prompt, new=64):
-    """Seconds and bytes of state a new token, after a prompt of so many tokens."""
-    model = LM(config(arch, 512)).eval()
-    sizes, run = [], model.run
+def decoding(model, prompt, new=200):
+    """Median seconds of a new token, and bytes of state, after a prompt of so many tokens."""
+    times, sizes, run = [], [], model.run
+
     def spy(*args):
+        times.append(time.perf_counter())
         x, states = run(*args)
         sizes.append(sum(s.numel() * s.element_size() for state in states for s in state))
         return x, states
     model.run = spy
-    generate = lambda n: model.generate([([1] * prompt, [2])], n)
-    times = medians({"one": lambda: generate(1), "all": lambda: generate(1 + new)}, 3)
-    return (times["all"] - times["one"]) / new, sizes[-1]
+    model.generate([([1] * prompt, [2])], new)
+    model.run = run
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), sizes[-1]
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--nanogpt", default="")
+    parser.add_argument("--nanogpt", default="", help="a folder with nanoGPT's model.py")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -98,26 +100,27 @@ def main():
     print(f"training, tokens/s, {TOKENS:,} tokens a step, {args.threads} threads, {'compiled' if args.compile else 'eager'}")
     lengths = (512, 1024, 4096, 16384)
     print(f"{'':14s}{'parameters':>12s}" + "".join(f"{f'T={T}':>10s}" for T in lengths))
-    rows = {arch: [] for arch in (*ARCHS, *["nanoGPT"] * bool(args.nanogpt))}
-    counts = {}
-    for T in lengths:
-        steps = {}
-        for name in rows:
-            model, loss_of = nanogpt(args.nanogpt, T) if name == "nanoGPT" else ours(name, T)
-            blocks = model.transformer.h if name == "nanoGPT" else model.blocks
-            counts[name] = sum(p.numel() for p in blocks.parameters())
-            steps[name] = stepper(model, loss_of, T, args.compile)
-        for name, seconds in medians(steps).items():
-            rows[name].append(TOKENS / seconds)
-    for name, speeds in rows.items():
-        print(f"{name:14s}{counts[name]:12,}" + "".join(f"{speed:10,.0f}" for speed in speeds))
+    names = (*ARCHS, *["nanoGPT"] * bool(args.nanogpt))
+    steps, counts = {}, {}
+    for name, T in itertools.product(names, lengths):
+        model, loss_of = nanogpt(args.nanogpt, T) if name == "nanoGPT" else ours(name, T)
+        counts[name] = sum(p.numel() for p in (model.transformer.h if name == "nanoGPT" else model.blocks).parameters())
+        steps[name, T] = stepper(model, loss_of, T, args.compile)
+    seconds = medians(steps)
+    for name in names:
+        print(f"{name:14s}{counts[name]:12,}" + "".join(f"{TOKENS / seconds[name, T]:10,.0f}" for T in lengths))
 
     torch.set_num_threads(1)
-    print("\ndecoding, ms and KB of state a token after a prompt of 512 and 16,384 tokens, one thread")
+    prompts = (512, 16384)
+    print("\ndecoding, ms and KB of state a token after prompts of 512 and 16,384 tokens, one thread")
     for arch in ARCHS:
-        for prompt in (512, 16384):
-            seconds, size = decoding(arch, prompt)
-            print(f"{arch:14s} {prompt:6,d} tokens: {1000 * seconds:7.2f} ms {size / 1024:9,.1f} KB")
+        model = LM(config(arch, 512)).eval()
+        found = [[decoding(model, prompt) for prompt in prompts] for _ in range(3 if arch == "transformer" else 9)]
+        for prompt, rounds in zip(prompts, zip(*found)):
+            print(f"{arch:14s} {prompt:6,d} tokens: {1000 * statistics.median(s for s, _ in rounds):7.3f} ms "
+                  f"{rounds[0][1] / 1024:9,.1f} KB")
+        ratio = statistics.median(longer[0] / shorter[0] for shorter, longer in found)
+        print(f"{'':14s} time after the longer in multiples of the shorter: {ratio:.3f}")
 
 
 if __name__ == "__main__":
