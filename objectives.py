@@ -639,7 +639,7 @@ class Loader:
 
 # --------------------------------------------------------------------------------- demonstration
 def demo() -> None:
-    tok = Tokenizer(n_masks=256)
+    tok = Tokenizer("bytes", n_masks=256)
     text = tok.encode("The bird that sings at dawn is not the bird that sings at dusk.")
     rng, samples = np.random.default_rng(1), []
     for cls, _, options in CONFIGURATIONS:

@@ -261,6 +261,7 @@ def test_figure_1_runs_what_is_missing_keeps_what_is_there_and_names_what_failed
             file.write(open(f"{run}/phonebook.json").read())
         return subprocess.CompletedProcess(command, int(fails))
 
+    monkeypatch.setattr(pb, "plot", lambda found, picture: None)
     monkeypatch.setattr(subprocess, "run", one)
     figure = Figure(out_dir=str(tmp_path), preset="cpu", only="gated_ssm-birdie-1,*_ssm-ntp-1,gated_ssm-none-1", jobs=1)
     with pytest.raises(SystemExit, match="1 of 3 runs failed"):

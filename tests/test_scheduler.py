@@ -85,15 +85,17 @@ def test_losses_without_a_reward_by_the_formula_have_a_defined_one(old, new, val
 
 # ---- the bandit ----
 
-@pytest.mark.parametrize("kind, reach", [("flat", 0.05), ("hierarchical", 0.6)])
+@pytest.mark.parametrize("kind, reach", [("flat", 0.05), ("hierarchical", 0.5)])
 def test_proposals_are_probabilities_and_only_hierarchical_ones_reach_the_corners(kind, reach):
     actions = propose(EVERY, 2048, np.random.default_rng(0), kind)
     assert (actions >= 0).all() and np.allclose(actions.sum(1), 1)
     ntp = [arm.cls == "next_token_prediction" for arm in EVERY]
     assert (actions[:, ntp].max() > 0.5) == (kind == "hierarchical")
     by_class = np.stack([actions[:, [arm.cls == cls for arm in EVERY]].sum(1) for cls in CLASSES], 1)
+    n_arms = np.array([sum(arm.cls == cls for arm in EVERY) for cls in CLASSES])
+    assert np.allclose(by_class.mean(0), n_arms / len(EVERY), atol=0.02)
     if kind == "hierarchical":
-        assert np.allclose(by_class.mean(0), 1 / 8, atol=0.02) and (by_class.max(0) > reach).all()
+        assert (by_class.max(0) > reach).all()
     else:
         assert actions.max() < reach
 

@@ -128,7 +128,7 @@ def test_a_flag_that_contradicts_the_checkpoint_is_an_error_and_the_way_to_run_m
 @pytest.mark.parametrize("arch", ARCHS)
 def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_another(text, arch):
     """Every class in packed rows of the real pipeline; one token changed; bit for bit."""
-    tok = Tokenizer(n_masks=16)
+    tok = Tokenizer("bytes", 16)
     batches = Batches(Corpus(text, tok), tok, 128, 16)
     batch = batches.batch(1, 0, 0, mixture("fixed", batches.arms), "train")
     assert {batches.arms[k].cls for k in set(batch["arm"].flatten()) - {-1}} == set(CLASSES)
@@ -224,7 +224,7 @@ def test_a_wrong_prompt_ends_in_one_line(finished, flags_, remedy):
 
 def test_prompts_are_laid_out_as_training_samples_are():
     """Infilling, copying and selective copying of one text, against objectives.make_sample."""
-    tok = Tokenizer(n_masks=32)
+    tok = Tokenizer("bytes", 32)
     prefix, start = model.as_trained("infill", "a___c___", tok, "", "")
     a, c = tok.encode("ac")
     assert prefix == [tok.paradigm["infilling"], a, tok.MASKS[0], c, tok.MASKS[1]] and start == [tok.GEN]
