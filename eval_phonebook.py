@@ -84,6 +84,7 @@ Weiss Wells Winters Wright Yang Yates Yoder York
 """.split()
 QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."      # figure 9
 N_NUMBERS = 1, 2, 4, 8, 16, 32
+PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}      # the preset of train.py that goes with each
 
 PRESETS = {
     "cpu": dict(entries_min=4, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
@@ -272,7 +273,7 @@ def completed(config: Config) -> Config:
 def load(config: Config):
     """-> (model on the CPU, tokenizer, train.Config of its pretraining, fine-tuning curve so far)."""
     if config.scratch and not config.resume:
-        pretraining = train.sized(train.Config(arch=config.scratch, preset=config.preset, seed=config.seed))
+        pretraining = train.sized(train.Config(arch=config.scratch, preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
         return LM(train.model_config(pretraining, tok)), tok, pretraining, []
@@ -364,9 +365,10 @@ def run_one(folder: str, arch: str, mixture: str, seed: int, preset: str, thread
     def done(name):
         return os.path.exists(os.path.join(folder, name))
 
-    common = [f"--preset={preset}", f"--seed={seed}", f"--out_dir={folder}", "--workers=0"]
-    pretrain = ["train.py", f"--arch={arch}", f"--mixture={mixture}", *common] + ["--resume"] * done("ckpt.pt")
-    score_it = ["eval_phonebook.py", *common] + ["--resume"] * done("phonebook.pt")
+    common = [f"--seed={seed}", f"--out_dir={folder}", "--workers=0"]
+    pretrain = ["train.py", f"--preset={PRETRAINING[preset]}", f"--arch={arch}", f"--mixture={mixture}", *common]
+    pretrain += ["--resume"] * done("ckpt.pt")
+    score_it = ["eval_phonebook.py", f"--preset={preset}", *common] + ["--resume"] * done("phonebook.pt")
     commands = [pretrain, score_it] if mixture != "none" else [score_it + [f"--scratch={arch}"]]
     os.makedirs(folder, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
@@ -389,6 +391,7 @@ def figure1(figure: Figure) -> None:
     figure.preset = figure.preset or ("gpu" if on_gpu else "cpu")
     if figure.preset not in PRESETS:
         raise ValueError(f"preset {figure.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    os.makedirs(figure.out_dir, exist_ok=True)
     folders = {run: os.path.join(figure.out_dir, "-".join(map(str, run))) for run in RUNS}
     missing = [run for run, folder in folders.items()
                if any(fnmatch(os.path.basename(folder), pattern) for pattern in figure.only.split(","))
