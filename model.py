@@ -81,7 +81,10 @@ class Layout:
         sample = (reset & RESET_FORWARD).int().cumsum(1)              # 0, 0: before the row's first start
         if config.arch == "transformer":
             steps = torch.arange(T, device=reset.device)
-            self.position = steps.expand(B, T) if position is None else position[:, None]
+            position = steps[None] if position is None else position[:, None]
+            half = config.d_model // config.n_head // 2           # rotary positions (arXiv 2104.09864)
+            angle = position[:, None, :, None] * 10000.0 ** (-torch.arange(half, device=reset.device) / half)
+            self.turn = angle.cos(), angle.sin()                  # (1 or B, 1, T, half)
             seen = steps[:, None] >= steps                            # (T, T), query and key
             if not config.causal:
                 seen = seen | ((reset & RESET_REVERSE) == 0)[:, None, :]
@@ -222,18 +225,16 @@ class Attention(nn.Module):
         self.W_qkv = nn.Linear(D, 3 * D, bias=False)
         self.W_out = nn.Linear(D, D, bias=False)
 
-    def rotate(self, x, position):
-        """Rotary position embedding (arXiv 2104.09864): x (B, heads, T, d), position (B, T)."""
-        half = x.size(-1) // 2
-        frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-        angle = position[:, None, :, None] * frequency
-        c, s, left, right = angle.cos(), angle.sin(), x[..., :half], x[..., half:]
+    @staticmethod
+    def rotate(x, turn):
+        """x (B, heads, T, d) turned by its position."""
+        (c, s), (left, right) = turn, x.chunk(2, -1)
         return torch.cat([left * c - right * s, left * s + right * c], -1).to(x.dtype)
 
     def forward(self, u, layout, state=None):
         B, T, D = u.shape
         q, k, v = self.W_qkv(u).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        q, k, mask = self.rotate(q, layout.position), self.rotate(k, layout.position), layout.mask
+        q, k, mask = self.rotate(q, layout.turn), self.rotate(k, layout.turn), layout.mask
         if state is not None:  # one more token: it sees every real token before it
             k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
             mask = torch.cat([state[2], mask], -1)
