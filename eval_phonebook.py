@@ -469,7 +469,9 @@ def plot(found: list, picture: str) -> None:
             axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.2)
     for arch, (left, right) in zip(archs, axes):
         left.set(title=f"{arch}: 1 number, 128 books", xlabel="fine-tuning step", ylabel="digits right", ylim=(0, 1.02))
-        right.set(title=f"{arch}: after fine-tuning", xlabel="numbers asked for", ylim=(0, 1.02))
+        numbers = sorted({result["n_numbers"] for run in found if run["arch"] == arch for result in run["results"]})
+        right.set(title=f"{arch}: after fine-tuning", xlabel="numbers asked for", ylim=(0, 1.02),
+                  xticks=numbers, xlim=(0, numbers[-1] + 1))
         for axis in (left, right):
             axis.axhline(0.1, color="gray", linestyle=":", label="chance")
         left.legend(fontsize=8)
