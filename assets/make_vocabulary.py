@@ -2,7 +2,7 @@
 
     python assets/make_vocabulary.py N_TOKENS OUT.tiktoken [DATA]
 
-DATA is as train.py's --data, by default the source of Python's standard library: the vocabulary that comes with
+DATA is a text file, a folder or a glob, by default the source of Python's standard library: the vocabulary that comes with
 the project, bpe2048.tiktoken, was made so, with 2,048 tokens, from Python 3.11's, in 12 s. Words are what Tokenizer splits text into;
 the pair of neighbouring tokens that is most frequent, counted over all words, becomes the next token.
 """
@@ -14,7 +14,7 @@ import sys
 import regex
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from objectives import PATTERN, _files, _pieces
+from objectives import PATTERN, _files
 
 
 def learn(texts, n_tokens):
@@ -33,7 +33,9 @@ def learn(texts, n_tokens):
     for k in range(len(words)):
         count(k, 1)
     while len(tokens) < n_tokens:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if not pairs[best]:
+            raise SystemExit(f"error: this text has pairs for {len(tokens)} tokens only; pass more text or fewer than {n_tokens}")
         for k in list(holders[best]):
             count(k, -1)
             ids, i = words[k][0], 0
@@ -48,7 +50,7 @@ def learn(texts, n_tokens):
 
 if __name__ == "__main__":
     n_tokens, out, data = sys.argv[1:] + [""] * (len(sys.argv) < 4)
-    texts = (text for file in _files(data) for _, text in _pieces(file))
+    texts = (file.read_text("utf-8", errors="replace") for file in _files(data))
     with open(out, "w") as file:
         for rank, token in enumerate(learn(texts, int(n_tokens))):
             file.write(f"{base64.b64encode(token).decode()} {rank}\n")

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import regex
 import torch
 
 import objectives
@@ -449,3 +450,34 @@ def test_the_demonstration_runs(capsys):
     objectives.demo()
     out = capsys.readouterr().out
     assert all(f"{cls}\n  Input" in out for cls in CLASSES) and "<GEN>" in out and "tokens/s" in out
+
+
+# ---- the vocabulary that comes with the project ----
+
+def test_the_shipped_vocabulary_keeps_digits_single_and_shortens_text():
+    tok = Tokenizer("bpe2048", 8)
+    text = open(os.path.join(ROOT, "objectives.py")).read()
+    assert tok.n_text == 2048 and tok.decode(tok.encode(text)) == text
+    assert len(text.encode()) > 2.5 * len(tok.encode(text))
+    assert [tok.decode([i]) for i in tok.encode("669-174")] == list("669-174")
+
+
+def test_a_vocabulary_is_learnt_by_merging_the_most_frequent_pair(tmp_path):
+    """make_vocabulary.py against recounting every pair for every token."""
+    text, out = "low lower lowest newer newest wider widest the the then 1212 " * 3, tmp_path / "own.tiktoken"
+    (tmp_path / "text.txt").write_text(text)
+    subprocess.run([sys.executable, os.path.join(ROOT, "assets", "make_vocabulary.py"), "275", str(out),
+                    str(tmp_path / "text.txt")], check=True)
+    made = [base64.b64decode(line.split()[0]) for line in out.read_text().splitlines()]
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(objectives.PATTERN, text)]
+    rank = {token: k for k, token in enumerate(made)}
+    for new in made[256:]:
+        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(pairs, key=lambda pair: (pairs[pair], [rank[part] for part in pair]))
+        assert new == b"".join(best)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                word[i:i + 2] = [new] if (word[i], word[i + 1]) == best else word[i:i + 2]
+                i += 1
+    assert len(made) == 275 and Tokenizer(str(out), 8).n_text == 275
