@@ -21,7 +21,6 @@ book: the checksum of the entry says to which side it belongs.
 """
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from model import ARCHS, LM
+from model import LM
 from objectives import Loader, Tokenizer, lay_out
 
 FIRST = """
@@ -149,9 +148,6 @@ class Books:
 
     def __init__(self, tok: Tokenizer, config: Config):
         self.tok, self.config = tok, config
-        if not 1 <= config.entries_min <= config.entries_max or not 1 <= config.numbers_max:
-            raise ValueError(f"books of {config.entries_min} to {config.entries_max} entries and 1 to {config.numbers_max} numbers "
-                             f"cannot be drawn; both must be at least 1, and entries_min at most entries_max")
         longest = self.longest(config.entries_max, min(config.numbers_max, config.entries_max))
         if longest > config.block_size:
             raise ValueError(f"a book of {config.entries_max} entries takes up to {longest} tokens, more than block_size "
@@ -273,7 +269,8 @@ def completed(config: Config) -> Config:
 def load(config: Config):
     """-> (model on the CPU, tokenizer, train.Config of its pretraining, fine-tuning curve so far)."""
     if config.scratch and not config.resume:
-        pretraining = train.sized(train.Config(arch=config.scratch, preset=PRETRAINING[config.preset], seed=config.seed))
+        pretraining = train.sized(train.Config(mixture="none", arch=config.scratch, seed=config.seed,
+                                                preset=PRETRAINING[config.preset]))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
         return LM(train.model_config(pretraining, tok)), tok, pretraining, []
@@ -315,8 +312,7 @@ def evaluate(config: Config) -> dict:
                                 block_size=config.block_size, max_steps=config.max_steps, lr=config.lr))
     train.keep_freed_memory()
     model.to(run.device)
-    print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, "
-          + ("random weights" if config.scratch else f"pretrained with {run.mixture}"))
+    print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, pretraining: {run.mixture}")
     print(f"books    {config.entries_min} to {config.entries_max} entries, up to {config.numbers_max} numbers asked; "
           f"tests: {config.test_books} books of {config.test_entries_min} to {config.test_entries_max} entries")
     os.makedirs(config.out_dir, exist_ok=True)

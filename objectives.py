@@ -72,7 +72,8 @@ class Tokenizer:
     """Text to token ids and back; special tokens have the ids above those of text.
 
     name: 'bpe2048' (2,048 tokens of Python source and English, in assets/), 'bytes' (256), a tiktoken
-    encoding such as 'gpt2' (downloaded once) or the path of a .tiktoken file. n_masks: numbered masks for infilling; T // 8 is enough, see `n_masked`.
+    encoding such as 'gpt2' (downloaded once) or the path of a .tiktoken file. n_masks: numbered masks
+    for infilling; T // 8 is enough, see `n_masked`.
     These two rebuild it. NUL is kept; a lone surrogate, which no encoding can write, becomes U+FFFD;
     any other text survives encoding and decoding exactly. Unusable names: ValueError.
     """

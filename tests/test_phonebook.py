@@ -237,7 +237,8 @@ def test_answers_are_written_freely_from_what_was_written_before():
 def test_from_scratch_ignores_every_checkpoint(run, tmp_path):
     main(flags(**{**TINY, "max_steps": 1}, scratch="gated_ssm", out_dir=tmp_path))
     with open(tmp_path / "phonebook.json") as file:
-        assert json.load(file)["pretraining"]["d_model"] == train.PRESETS["cpu"]["d_model"]
+        pretraining = json.load(file)["pretraining"]
+    assert pretraining["mixture"] == "none" and pretraining["d_model"] == train.PRESETS["cpu"]["d_model"]
 
 
 @pytest.mark.parametrize("bad, message", [
