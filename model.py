@@ -45,12 +45,13 @@ ARCHS = ("gated_ssm", "hawk", "transformer")
 class ModelConfig:
     arch: str = "gated_ssm"    # one of ARCHS
     vocab_size: int = 336      # V: text and special tokens
-    block_size: int = 512      # tokens in a row; the longest memory at initialisation, not a limit of an SSM
+    block_size: int = 512      # tokens in a row; not a limit of an SSM
     n_layer: int = 4
     d_model: int = 192         # D
     d_state: int = 384         # N, of the SSMs
     n_head: int = 4            # of the Transformer
     causal: bool = False       # True: no block reads the prefix right to left
+    memory: int = 0            # the longest memory of the Gated SSM at initialisation, in tokens; 0: block_size
     conv_width: int = 4        # of the convolution before the gates; 0: none (Gated SSM only)
     scale_input: bool = True   # Gated SSM: input times (1 - f); False is the paper's bare form
     recompute: bool = False    # keep no activations inside blocks, compute them again in backward
@@ -61,6 +62,8 @@ class ModelConfig:
         for name in ("vocab_size", "block_size", "n_layer", "d_model", "d_state", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.memory < 0:
+            raise ValueError(f"memory is {self.memory}; it must be at least 1 token, or 0 for block_size")
         if self.conv_width < 0 or (self.arch == "hawk" and self.conv_width < 1):
             raise ValueError(f"conv_width is {self.conv_width}; it must be at least 1 for hawk, else 0")
         if self.arch == "transformer" and self.d_model % (2 * self.n_head):
@@ -157,8 +160,8 @@ class GatedSSM(Recurrent):
         self.W_izo = nn.Linear(D, 3 * N, bias=False)
         self.W_out = nn.Linear(N, D, bias=False)
         self.scale_input = config.scale_input
-        # f = exp(-1 / memory) at initialisation, memory from 1 to block_size tokens (our choice)
-        memory = self.spread(0, math.log(config.block_size)).exp()
+        # f = exp(-1 / memory) at initialisation, memory from 1 to config.memory tokens (our choice)
+        memory = self.spread(0, math.log(config.memory or config.block_size)).exp()
         self.W_f.bias.data = -torch.expm1(1 / memory).log()
 
     def forward(self, u, layout, state=None):

@@ -146,7 +146,10 @@ NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 def _files(data: str) -> list[Path]:
     path = Path(data).expanduser()
-    if data in ("", "stdlib"):
+    if data == "tables":
+        path = Path(np.__file__).parent
+        files = list(path.rglob("*.csv"))
+    elif data in ("", "stdlib"):
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in path.rglob("*.py") if not NO_SOURCE & set(f.relative_to(path).parts)]
     elif path.is_dir():  # hidden files and folders are left out
@@ -155,8 +158,8 @@ def _files(data: str) -> list[Path]:
         files = [path] if path.is_file() else [Path(f) for f in glob.glob(str(path), recursive=True)]
     files = sorted(f for f in files if f.is_file())
     if not files:
-        raise FileNotFoundError(f"no file at {str(path)!r}: --data takes a text file, a folder, a glob in "
-                                "quotes, a .jsonl file, or nothing for Python's standard library")
+        raise FileNotFoundError(f"no file at {str(path)!r}: --data takes a text file, a folder, a glob in quotes, a "
+                                ".jsonl file, 'tables' for numpy's, or nothing for Python's standard library")
     return files
 
 
@@ -235,7 +238,8 @@ class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
     data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
-    or '' for the source of Python's standard library. Text is tokenised once, into the folder
+    '' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that numpy
+    brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once, into the folder
     birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of each
     split. Unusable data: ValueError or FileNotFoundError with one line.
     """

@@ -131,13 +131,14 @@ def evaluation_steps(max_steps: int, apart: int = 10) -> list[int]:
 
 # ---- the bandit ------------------------------------------------------------------------------------
 
-def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str) -> np.ndarray:
+def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str, focus: str = "") -> np.ndarray:
     """n random actions (n, arms), each a probability.
 
     "flat": uniform numbers, normalised (figure 4). With 96 arms none of these gives an arm more than about
     twice its share, so next token prediction could never pass 2%, yet figure 5 shows classes between 0
     and 60%. "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each; on
-    average every arm has the same share, as in figure 4's, so a model that knows nothing yet chooses that.
+    average every arm has the same share, as in figure 4's, so a model that knows nothing yet chooses that. With a
+    `focus`, that class has half on average, and the others share the rest alike: the bandit decides around that.
     """
     if kind == "flat":
         weights = rng.random((n, len(arms)))
@@ -145,7 +146,10 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str) -> np.n
         classes = list(dict.fromkeys(arm.cls for arm in arms))
         member = np.array([classes.index(arm.cls) for arm in arms])
         sizes = np.bincount(member)
-        shares = rng.dirichlet(0.5 * len(classes) * sizes / sizes.sum(), n)         # (n, classes)
+        average = sizes / sizes.sum()
+        if focus:
+            average = np.where(np.array(classes) == focus, 0.5, 0.5 / (len(classes) - 1))
+        shares = rng.dirichlet(0.5 * len(classes) * average, n)                     # (n, classes)
         within = rng.exponential(size=(n, len(arms)))
         sums = np.stack([within[:, member == c].sum(1) for c in range(len(classes))], 1)
         weights = shares[:, member] * within / sums[:, member]
@@ -179,9 +183,12 @@ class RewardModel(nn.Module):
 class Birdie:
     """The bandit. Deterministic: the same seed, losses and steps give the same actions."""
 
-    def __init__(self, arms: Sequence, max_steps: int, seed: int = 0, proposals: str = "hierarchical",
+    def __init__(self, arms: Sequence, max_steps: int, seed: int = 0, focus: str = "", proposals: str = "hierarchical",
                  root: bool = True, n_proposals: int = 2048, n_best: int = 8, train_steps: int = 200, lr: float = 1e-3):
-        self.arms, self.seed, self.proposals, self.root = arms, seed, proposals, root
+        classes = sorted({arm.cls for arm in arms})
+        if focus and focus not in classes:
+            raise ValueError(f"focus {focus!r} is no class; choose one of {', '.join(classes)}")
+        self.arms, self.seed, self.focus, self.proposals, self.root = arms, seed, focus, proposals, root
         self.n_proposals, self.n_best, self.train_steps = n_proposals, n_best, train_steps
         self.first_choice = round(250 * max_steps / 32000)     # uniform until then (A.1)
         self.weights = class_weights(arms)
@@ -227,7 +234,7 @@ class Birdie:
     def choose(self):
         """-> (the mean of the best proposals, the total reward predicted for it)."""
         rng = np.random.default_rng([self.seed, len(self.losses)])
-        proposals = propose(self.arms, self.n_proposals, rng, self.proposals)
+        proposals = propose(self.arms, self.n_proposals, rng, self.proposals, self.focus)
         losses, actions = self.history()
         _, states = self.model(losses[:, :-1], actions)
         weights = torch.tensor(self.weights, dtype=torch.float32)
@@ -259,9 +266,14 @@ class Birdie:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0):
-    """The scheduler of that name; birdie-causal is birdie on a model without bidirectional blocks (A.6)."""
-    return Birdie(arms, max_steps, seed) if name in ("birdie", "birdie-causal") else FixedMixture(name, arms)
+def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0, focus: str = ""):
+    """The scheduler of that name; birdie-causal is birdie on a model without bidirectional blocks (A.6).
+    focus: see `propose`; a fixed mixture has none."""
+    if name in ("birdie", "birdie-causal"):
+        return Birdie(arms, max_steps, seed, focus)
+    if focus:
+        raise ValueError(f"focus {focus!r} is for the bandit, and mixture {name!r} is fixed; drop --focus")
+    return FixedMixture(name, arms)
 
 
 # ---- a simulated world, where the truth is known ----------------------------------------------------

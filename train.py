@@ -61,20 +61,23 @@ PRESETS = {
 @dataclass
 class Config:
     out_dir: str = "out"           # run folder: checkpoint and log
-    data: str = ""                 # text file, folder, glob, .jsonl or nanoGPT folder; "": Python's own library
+    data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder or tables; "": Python's own library
     tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
+    focus: str = ""                # a class that the bandit gives half of the samples on average; "": all arms alike
     preset: str = ""               # sizes left at 0 come from here: cpu, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
     n_layer: int = 0
     d_model: int = 0
     d_state: int = 0               # channels of the recurrence
+    memory: int = 0                # the Gated SSM's longest memory at initialisation, in tokens; 0: block_size
     n_head: int = 0                # of the Transformer
     block_size: int = 0            # tokens in a row
     batch_size: int = 0            # rows in a step
     max_steps: int = 0
     lr: float = 0.0                # the highest learning rate
+    beta2: float = 0.95            # AdamW's memory of squared gradients; small batches need a longer one
     warmup: float = 0.02           # share of the steps in which the learning rate rises
     weight_decay: float = 0.1
     clip: float = 1.0              # largest norm of the gradient
@@ -180,6 +183,8 @@ def resolve(config):
     print(f"scan     {used.name}: {used.reason or 'the best for this device'}")
     if not config.lr > 0:
         raise ValueError(f"lr is {config.lr}; it must be above 0")
+    if not 0 < config.beta2 < 1:
+        raise ValueError(f"beta2 is {config.beta2}; it must be between 0 and 1")
     for name, least in (("batch_size", 1), ("max_steps", 1), ("eval_rows", 1), ("seed", 0), ("workers", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
@@ -362,7 +367,7 @@ def train(config, given=()):
 
     tok = Tokenizer(config.tokenizer, n_masks=config.block_size // 8)
     every_arm = arms(config.block_size)
-    scheduler = make_scheduler(config.mixture, every_arm, config.max_steps, config.seed)
+    scheduler = make_scheduler(config.mixture, every_arm, config.max_steps, config.seed, config.focus)
     model = LM(model_config(config, tok)).to(config.device)
     corpus = Corpus(config.data, tok)
     if checkpoint and checkpoint["data"] != corpus.size:
@@ -371,7 +376,7 @@ def train(config, given=()):
     batches = Batches(corpus, tok, config.block_size, config.batch_size)
     batches.batch(config.seed, 0, 0, scheduler.action, "train")   # what is wrong with the text shows here
     validation = Validation(Batches(corpus, tok, config.block_size, config.eval_rows), len(every_arm))
-    optimizer = torch.optim.AdamW(model.parameter_groups(config.weight_decay), lr=config.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(model.parameter_groups(config.weight_decay), lr=config.lr, betas=(0.9, config.beta2),
                                   fused=True)
     try:
         os.makedirs(config.out_dir, exist_ok=True)
