@@ -92,11 +92,12 @@ PRETRAINING = {
 }
 PRESETS = {
     "cpu": dict(entries_min=1, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
-                max_steps=1500, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
+                max_steps=2000, cooldown=500, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
     "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200, test_entries_max=220,
-                test_books=1024, max_steps=1000, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
+                test_books=1024, max_steps=1000, cooldown=250, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
     "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750, test_entries_max=800,
-                  test_books=1024, max_steps=1000, batch_size=64, block_size=24576, lr=5e-5, beta2=0.95),
+                  test_books=1024, max_steps=1000, cooldown=1, batch_size=64, block_size=24576, lr=5e-5,
+                  beta2=0.95),
 }
 
 
@@ -115,7 +116,8 @@ class Config:
     max_steps: int = 0             # of fine-tuning
     batch_size: int = 0            # rows in a step
     block_size: int = 0            # tokens in a row
-    lr: float = 0.0                # of fine-tuning, constant
+    lr: float = 0.0                # of fine-tuning, constant after 50 steps
+    cooldown: int = 0              # last steps of fine-tuning, in which the learning rate falls to 0; 1: none
     beta2: float = 0.0             # AdamW's memory of squared gradients
     seed: int = 1                  # of the training books, and of random weights
     workers: int = 1               # processes that make books
@@ -258,7 +260,7 @@ def completed(config: Config) -> Config:
     for name, value in PRESETS[config.preset].items():
         setattr(config, name, getattr(config, name) or value)
     config.ckpt = config.ckpt or os.path.join(config.out_dir, "ckpt.pt")
-    for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "batch_size"):
+    for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "cooldown", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for kind in ("entries", "test_entries"):
@@ -293,16 +295,16 @@ def load(config: Config):
 
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
-    """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate (it rises over the first 50
-    steps: our choice). -> the curve, 20 points of step, mean loss since the last, and share of digits right on 128
-    test books."""
+    """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our choice: it rises over the
+    first 50 steps, and falls to 0 over the last `cooldown`. -> the curve, 20 points of step, mean loss since the last,
+    and share of digits right on 128 test books."""
     books, held_out, curve, losses = Books(tok, config), test_books(config, 1, 128), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
     step_model = torch.compile(model) if run.compile == "yes" else model
     batches = Loader(books, config.seed, workers=config.workers).steps(0, config.max_steps, None)
     bar = tqdm(batches, "fine-tuning", config.max_steps, unit="step")
     for step, batch in enumerate(bar, 1):
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, (config.max_steps - step + 1) / config.cooldown)
         rows = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
         with train.autocast(run):
             _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])

@@ -233,10 +233,11 @@ def test_bounded_sqrt_has_the_bound_and_else_the_gradient_of_sqrt():
 
 @pytest.mark.parametrize("bidirectional", (True, False))
 def test_memory_is_spread_from_one_token_to_the_row_in_each_direction(bidirectional):
-    block = model_module.GatedSSM(ModelConfig(block_size=512, d_state=64), bidirectional)
-    memory = -1 / torch.sigmoid(block.W_f.bias.detach().double()).log()
-    for half in memory.split(32 if bidirectional else 64):
-        assert math.isclose(half.min(), 1, rel_tol=1e-3) and math.isclose(half.max(), 512, rel_tol=1e-3)
+    for config, longest in ((dict(block_size=512), 512), (dict(block_size=128, memory=1024), 1024)):
+        block = model_module.GatedSSM(ModelConfig(d_state=64, **config), bidirectional)
+        memory = -1 / torch.sigmoid(block.W_f.bias.detach().double()).log()
+        for half in memory.split(32 if bidirectional else 64):
+            assert math.isclose(half.min(), 1, rel_tol=1e-3) and math.isclose(half.max(), longest, rel_tol=1e-3)
     a = torch.exp(-8 * F.softplus(model_module.Hawk(ModelConfig(arch="hawk", d_state=64), bidirectional).L.detach()))
     for half in a.split(32 if bidirectional else 64):
         assert math.isclose(half.min(), 0.9, rel_tol=1e-4) and math.isclose(half.max(), 0.999, rel_tol=1e-4)
@@ -269,6 +270,7 @@ def test_reading_both_ways_costs_no_parameter(arch):
 
 
 @pytest.mark.parametrize("bad, message", [(dict(arch="mamba"), "gated_ssm, hawk"), (dict(n_layer=0), "at least 1"),
+                                          (dict(memory=-1), "memory is -1"),
                                           (dict(arch="hawk", conv_width=0), "conv_width"),
                                           (dict(arch="transformer", n_head=5), "n_head")])
 def test_a_bad_configuration_names_its_remedy(bad, message):

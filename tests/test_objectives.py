@@ -351,6 +351,17 @@ def test_one_document_is_split_by_position_in_bounded_memory(tok, tmp_path):
     assert 0.04 < corpus.size["val"] / corpus.size["train"] < 0.06
 
 
+def test_numpys_tables_are_a_corpus_of_digits_and_their_absence_is_said(monkeypatch, tmp_path):
+    tok = Tokenizer("bpe2048", 16)
+    corpus = Corpus("tables", tok)
+    ids = np.append(stream(corpus, "train"), stream(corpus, "val"))
+    digits = np.isin(ids, [int(tok.encode(str(digit))[0]) for digit in range(10)]).mean()
+    assert len(ids) > 1_000_000 and digits > 0.4 and "np.float32,0x" in tok.decode(ids[:5000])
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="no file at .*'tables' for numpy's"):
+        Corpus("tables", tok)
+
+
 def test_odd_text_is_kept(tok, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"text": "a\\u0000b\\ud800c"}\n\n{"text": ""}\n{"text": "\\r\\n"}')
     corpus = Corpus(str(tmp_path / "odd.jsonl"), tok)

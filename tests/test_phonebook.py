@@ -241,6 +241,15 @@ def test_from_scratch_ignores_every_checkpoint(run, tmp_path):
     assert pretraining["mixture"] == "none" and pretraining["d_model"] == train.PRESETS["cpu"]["d_model"]
 
 
+@pytest.mark.parametrize("preset", pb.PRESETS)
+def test_every_arm_of_the_comparison_is_pretrained_alike_but_for_its_mixture(preset):
+    given = {mixture: pb.pretraining_flags(mixture, preset) for mixture in pb.MIXTURES}
+    for mixture, settings in given.items():
+        config = train.sized(train.parse_args(train.Config, flags(**settings))[0])
+        assert config.mixture == mixture and bool(config.focus) == (preset == "cpu" and "birdie" in mixture)
+        assert dict(settings, mixture="", focus="") == dict(given["birdie"], mixture="", focus="")
+
+
 @pytest.mark.parametrize("bad, message", [
     (dict(preset="laptop"), "preset 'laptop' is unknown; choose one of cpu, gpu, paper"),
     (dict(scratch="rnn"), "arch 'rnn' is unknown"),

@@ -100,6 +100,22 @@ def test_proposals_are_probabilities_and_only_hierarchical_ones_reach_the_corner
         assert actions.max() < reach
 
 
+def test_a_focus_has_half_of_the_samples_on_average_and_the_other_classes_share_the_rest():
+    actions = propose(EVERY, 2048, np.random.default_rng(0), "hierarchical", "copying")
+    by_class = {cls: actions[:, [arm.cls == cls for arm in EVERY]].sum(1) for cls in CLASSES}
+    assert abs(by_class["copying"].mean() - 1 / 2) < 0.02 and np.quantile(by_class["copying"], [0.1, 0.9]).round(1).tolist() != [0.5, 0.5]
+    assert all(abs(by_class[cls].mean() - 1 / 14) < 0.01 for cls in CLASSES if cls != "copying")
+    world = World(0)
+    bandit = run(make_scheduler("birdie", world.arms, 12, 0, world.arms[-1].cls), world, 12)
+    focus = [arm.cls == world.arms[-1].cls for arm in world.arms]
+    plain = run(make_scheduler("birdie", world.arms, 12, 0), World(0), 12)
+    assert np.mean(bandit.actions, 0)[focus].sum() > np.mean(plain.actions, 0)[focus].sum()
+    with pytest.raises(ValueError, match="focus 'copy' is no class; choose one of .*copying"):
+        make_scheduler("birdie", EVERY, 100, 0, "copy")
+    with pytest.raises(ValueError, match="mixture 'ntp' is fixed; drop --focus"):
+        make_scheduler("ntp", EVERY, 100, 0, "copying")
+
+
 def run(bandit, world, n):
     for step in range(n):
         bandit.update(step, world.losses())
