@@ -473,22 +473,23 @@ def plot(found: list, picture: str) -> None:
         print("the picture needs matplotlib; pip install matplotlib, then run the same command again")
         return
     archs = list(dict.fromkeys(run["arch"] for run in found))
-    _, axes = plt.subplots(len(archs), 2, figsize=(11, 4 * len(archs)), layout="constrained", squeeze=False)
+    panels = [("curve", "step")] + [("results", "n_numbers")] * any(len(run["results"]) > 1 for run in found)
+    _, axes = plt.subplots(len(archs), len(panels), figsize=(7 * len(panels), 4 * len(archs)), layout="constrained", squeeze=False)
     for (arch, mixture), runs in by_arm(found).items():
-        for axis, series, x in ((axes[archs.index(arch)][0], "curve", "step"), (axes[archs.index(arch)][1], "results", "n_numbers")):
+        for axis, (series, x) in zip(axes[archs.index(arch)], panels):
             values = np.array([[point["digits"] for point in run[series]] for run in runs])
             at, color = [point[x] for point in runs[0][series]], f"C{list(MIXTURES).index(mixture)}"
             axis.plot(at, values.mean(0), marker="o" if x == "n_numbers" else None, color=color,
                       label=f"{MIXTURES[mixture]} ({len(runs)} seed{'s' * (len(runs) > 1)})")
             axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.2)
-    for arch, (left, right) in zip(archs, axes):
-        left.set(title=f"{arch}: 1 number, 128 books", xlabel="fine-tuning step", ylabel="digits right", ylim=(0, 1.02))
-        numbers = sorted({result["n_numbers"] for run in found if run["arch"] == arch for result in run["results"]})
-        right.set(title=f"{arch}: after fine-tuning", xlabel="numbers asked for", ylim=(0, 1.02),
-                  xticks=numbers, xlim=(0, numbers[-1] + 1))
-        for axis in (left, right):
+    for arch, row in zip(archs, axes):
+        row[0].set(title=f"{arch}: 1 number, 128 books", xlabel="fine-tuning step", ylabel="digits right")
+        if len(row) > 1:
+            row[1].set(title=f"{arch}: after fine-tuning", xlabel="numbers asked for", xticks=N_NUMBERS)
+        for axis in row:
             axis.axhline(0.1, color="gray", linestyle=":", label="chance")
-        left.legend(fontsize=8)
+            axis.set_ylim(0, 1.02)
+        row[0].legend(fontsize=8)
     plt.savefig(picture, dpi=110)
     print(f"wrote {picture}")
 
