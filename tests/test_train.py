@@ -268,7 +268,7 @@ BAD = [
     (dict(device="gpux"), "choose cpu"), (dict(device="cuda"), "--device=cpu"), (dict(dtype="int8"), "choose float32"),
     (dict(compile="maybe"), "yes nor no"), (dict(block_size=16), "--block_size"), (dict(max_steps=-1), "at least 1"),
     (dict(batch_size=-2), "at least 1"), (dict(n_layer=-1), "at least 1"), (dict(lr=-1), "lr"), (dict(beta2=1.0), "between 0 and 1"),
-    (dict(focus="copy"), "choose one of"), (dict(focus="copying", mixture="ntp"), "drop --focus"), (dict(lr="fast"), "--help"),
+    (dict(focus="copy", mixture="birdie"), "choose one of"), (dict(focus="copying", mixture="ntp"), "drop --focus"), (dict(lr="fast"), "--help"),
     (dict(seed=-1), "at least 0"), (dict(workers=-1), "at least 0"), (dict(device="mps"), "choose cpu"),
     (dict(n_layers=3), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="/dev/null/out"), "--out_dir"),
     (dict(out_dir="taken"), "--resume"), (dict(out_dir="nothing", resume=True), "--out_dir"),
