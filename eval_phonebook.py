@@ -92,12 +92,12 @@ PRETRAINING = {
 }
 PRESETS = {
     "cpu": dict(entries_min=1, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
-                max_steps=2000, cooldown=500, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
+                max_steps=2000, cooldown=0.25, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
     "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200, test_entries_max=220,
-                test_books=1024, max_steps=1000, cooldown=250, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
+                test_books=1024, max_steps=1000, cooldown=0.25, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
     "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750, test_entries_max=800,
-                  test_books=1024, max_steps=1000, cooldown=1, batch_size=64, block_size=24576, lr=5e-5,
-                  beta2=0.95),
+                  test_books=1024, max_steps=1000, cooldown=0.0, batch_size=64, block_size=24576,
+                  lr=5e-5, beta2=0.95),
 }
 
 
@@ -117,7 +117,7 @@ class Config:
     batch_size: int = 0            # rows in a step
     block_size: int = 0            # tokens in a row
     lr: float = 0.0                # of fine-tuning, constant after 50 steps
-    cooldown: int = 0              # last steps of fine-tuning, in which the learning rate falls to 0; 1: none
+    cooldown: float = -1.0         # last share of the steps, in which the learning rate falls to 0; -1: the preset's
     beta2: float = 0.0             # AdamW's memory of squared gradients
     seed: int = 1                  # of the training books, and of random weights
     workers: int = 1               # processes that make books
@@ -258,15 +258,18 @@ def completed(config: Config) -> Config:
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
-        setattr(config, name, getattr(config, name) or value)
+        if getattr(config, name) == getattr(Config, name):
+            setattr(config, name, value)
     config.ckpt = config.ckpt or os.path.join(config.out_dir, "ckpt.pt")
-    for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "cooldown", "batch_size"):
+    for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for kind in ("entries", "test_entries"):
         low, high = getattr(config, f"{kind}_min"), getattr(config, f"{kind}_max")
         if high < low or high > len(FIRST) * len(LAST):
             raise ValueError(f"{kind}_max is {high}; it must be from {kind}_min, {low}, to {len(FIRST) * len(LAST)} names")
+    if not 0 <= config.cooldown <= 1:
+        raise ValueError(f"cooldown is {config.cooldown}; it must be a share of the steps, from 0 to 1")
     tuned = os.path.join(config.out_dir, "phonebook.pt")
     if os.path.exists(tuned) and not config.resume:
         raise ValueError(f"{tuned} exists; score it again with --resume, or fine-tune {config.ckpt} into another folder "
@@ -296,7 +299,7 @@ def load(config: Config):
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our choice: it rises over the
-    first 50 steps, and falls to 0 over the last `cooldown`. -> the curve, 20 points of step, mean loss since the last,
+    first 50 steps, and falls to 0 over the last share `cooldown` of them. -> the curve, 20 points of step, mean loss since the last,
     and share of digits right on 128 test books."""
     books, held_out, curve, losses = Books(tok, config), test_books(config, 1, 128), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
@@ -304,7 +307,7 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
     batches = Loader(books, config.seed, workers=config.workers).steps(0, config.max_steps, None)
     bar = tqdm(batches, "fine-tuning", config.max_steps, unit="step")
     for step, batch in enumerate(bar, 1):
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, (config.max_steps - step + 1) / config.cooldown)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, (config.max_steps - step + 1) / max(1, config.cooldown * config.max_steps))
         rows = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
         with train.autocast(run):
             _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])

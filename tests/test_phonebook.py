@@ -250,6 +250,17 @@ def test_every_arm_of_the_comparison_is_pretrained_alike_but_for_its_mixture(pre
         assert dict(settings, mixture="", focus="") == dict(given["birdie"], mixture="", focus="")
 
 
+def test_the_learning_rate_of_fine_tuning_rises_stays_and_falls(run, tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    for cooldown in (0.25, 0.0):
+        seen.clear()
+        main(flags(**{**TINY, "max_steps": 100, "test_books": 1, "test_entries_min": 1, "test_entries_max": 1, "entries_max": 1,
+                      "batch_size": 1, "lr": 1e-3, "cooldown": cooldown}, ckpt=f"{run}/ckpt.pt", out_dir=tmp_path / str(cooldown)))
+        assert np.allclose(seen[:60:10], np.minimum(1e-3, 1e-3 * np.arange(1, 60, 10) / 50)) and seen[60:70] == [1e-3] * 10
+        assert np.allclose(seen[-3:], [1.2e-4, 0.8e-4, 0.4e-4] if cooldown else 1e-3) and len(seen) == 100
+
+
 @pytest.mark.parametrize("bad, message", [
     (dict(preset="laptop"), "preset 'laptop' is unknown; choose one of cpu, gpu, paper"),
     (dict(scratch="rnn"), "arch 'rnn' is unknown"),
@@ -259,6 +270,7 @@ def test_every_arm_of_the_comparison_is_pretrained_alike_but_for_its_mixture(pre
     (dict(test_entries_max=100000), "test_entries_max is 100000"),
     (dict(numbers_max=-1), "numbers_max is -1"),
     (dict(lr=-1.0), "lr is -1.0"),
+    (dict(cooldown=2.0), "cooldown is 2.0; it must be a share"),
     (dict(flavour=1), "unrecognized arguments"),
 ])
 def test_bad_input_ends_in_one_line(run, tmp_path, bad, message):
