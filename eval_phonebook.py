@@ -299,15 +299,16 @@ def load(config: Config):
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our choice: it rises over the
-    first 50 steps, and falls to 0 over the last share `cooldown` of them. -> the curve, 20 points of step, mean loss since the last,
-    and share of digits right on 128 test books."""
+    first 50 steps, and falls to 0 over the last share `cooldown` of them. -> the curve, 20 points of step, mean loss
+    since the last, and share of digits right on 128 test books."""
     books, held_out, curve, losses = Books(tok, config), test_books(config, 1, 128), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
     step_model = torch.compile(model) if run.compile == "yes" else model
     batches = Loader(books, config.seed, workers=config.workers).steps(0, config.max_steps, None)
     bar = tqdm(batches, "fine-tuning", config.max_steps, unit="step")
     for step, batch in enumerate(bar, 1):
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, (config.max_steps - step + 1) / max(1, config.cooldown * config.max_steps))
+        falling = (config.max_steps - step + 1) / max(1, config.cooldown * config.max_steps)
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, falling)
         rows = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
         with train.autocast(run):
             _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])

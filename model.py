@@ -23,7 +23,7 @@ Run it:  python model.py            parameters, shapes, and which input each out
          python model.py --ckpt=out/ckpt.pt --prompt='x = ___' --objective=infill      see --help
 
 Departures from the paper, all ours: the input is scaled by (1 - f) and forget biases are spread, so that
-channels remember from one token to block_size tokens; a width-4 causal convolution stands before the
+channels remember from one token to `memory` (block_size) tokens; a width-4 causal convolution stands before the
 Gated SSM's gates. `scale_input=False, conv_width=0` gives the paper's bare form, which takes about twice as
 many steps to learn to look things up (README; tests/test_model.py compares them).
 """

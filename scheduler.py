@@ -28,7 +28,7 @@ Run it:  python scheduler.py                       the bandit in a simulated wor
          python scheduler.py table 100             the bandit against others in 100 such worlds
          python scheduler.py plot out/log.jsonl    figure 5 of a run: loss, accuracy and probability
 
-Departures, ours: proposals can reach the corners (see `propose`); the reward model learns the cube root of R,
+Departures, ours: proposals can reach the corners and have a focus (see `propose`); the reward model learns the cube root of R,
 as R goes with dL^3: a loss that falls by 1% earns an eight-thousandth of what 20% does, and is lost beside it;
 the printed sign of dL is turned, so that improvement is rewarded.
 """

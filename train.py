@@ -1,7 +1,7 @@
 """train.py -- the one loop: a scheduler says which objectives, workers make batches, the model learns.
 
     repeat  evaluate every arm now and then   -> scheduler.update(step, losses), scheduler.action
-            batch(seed, rank, step, action)   -> loss -> AdamW (betas 0.9, 0.95), clipped, warm-up, cosine
+            batch(seed, rank, step, action)   -> loss -> AdamW (betas 0.9, beta2), clipped, warm-up, cosine
 
 Run it:  python train.py                                a small model on this machine's Python library
          python train.py --data=books/ --mixture=ntp    your own text, a causal model, next token prediction only
