@@ -83,16 +83,10 @@ Weiss Wells Winters Wright Yang Yates Yoder York
 """.split()
 QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."      # figure 9
 N_NUMBERS = 1, 2, 4, 8, 16, 32
-# Settings of train.py that go with each preset here.
-PRETRAINING = {
-    "cpu": dict(preset="cpu", data="tables", focus="selective_copying", batch_size=16, max_steps=8000, lr=2e-3, beta2=0.99,
-                memory=1024),
-    "gpu": dict(preset="gpu"),
-    "paper": dict(preset="1.4b"),
-}
+PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}      # presets of train.py that go with those here
 PRESETS = {
-    "cpu": dict(entries_min=1, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
-                max_steps=2000, cooldown=0.25, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
+    "cpu": dict(entries_min=4, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
+                max_steps=2800, cooldown=0.25, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
     "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200, test_entries_max=220,
                 test_books=1024, max_steps=1000, cooldown=0.25, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
     "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750, test_entries_max=800,
@@ -277,18 +271,10 @@ def completed(config: Config) -> Config:
     return config
 
 
-def pretraining_flags(mixture: str, preset: str) -> dict:
-    """Settings of train.py: the same for every mixture, but one that is fixed has no focus."""
-    flags = dict(mixture=mixture, **PRETRAINING[preset])
-    if not mixture.startswith("birdie"):
-        flags.pop("focus", None)
-    return flags
-
-
 def load(config: Config):
     """-> (model on the CPU, tokenizer, train.Config of its pretraining, fine-tuning curve so far)."""
     if config.scratch and not config.resume:
-        pretraining = train.sized(train.Config(arch=config.scratch, seed=config.seed, **pretraining_flags("none", config.preset)))
+        pretraining = train.sized(train.Config(arch=config.scratch, mixture="none", preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
         return LM(train.model_config(pretraining, tok)), tok, pretraining, []
@@ -383,8 +369,7 @@ def run_one(folder: str, arch: str, mixture: str, seed: int, preset: str, thread
         return os.path.exists(os.path.join(folder, name))
 
     common = [f"--seed={seed}", f"--out_dir={folder}", "--workers=0"]
-    settings = dict(arch=arch, **pretraining_flags(mixture, preset))
-    pretrain = ["train.py", *(f"--{name}={value}" for name, value in settings.items()), *common]
+    pretrain = ["train.py", f"--arch={arch}", f"--mixture={mixture}", f"--preset={PRETRAINING[preset]}", *common]
     pretrain += ["--resume"] * done("ckpt.pt")
     score_it = ["eval_phonebook.py", f"--preset={preset}", *common] + ["--resume"] * done("phonebook.pt")
     commands = [pretrain, score_it] if mixture != "none" else [score_it + [f"--scratch={arch}"]]

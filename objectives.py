@@ -149,7 +149,7 @@ def _files(data: str) -> list[Path]:
     if data == "tables":
         path = Path(np.__file__).parent
         files = list(path.rglob("*.csv"))
-    elif data in ("", "stdlib"):
+    elif data == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in path.rglob("*.py") if not NO_SOURCE & set(f.relative_to(path).parts)]
     elif path.is_dir():  # hidden files and folders are left out
@@ -159,7 +159,7 @@ def _files(data: str) -> list[Path]:
     files = sorted(f for f in files if f.is_file())
     if not files:
         raise FileNotFoundError(f"no file at {str(path)!r}: --data takes a text file, a folder, a glob in quotes, a "
-                                ".jsonl file, 'tables' for numpy's, or nothing for Python's standard library")
+                                ".jsonl file, 'tables' for numpy's tables, or 'stdlib' for Python's standard library")
     return files
 
 
@@ -238,7 +238,7 @@ class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
     data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
-    '' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that numpy
+    'stdlib' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that numpy
     brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once, into the folder
     birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of each
     split. Unusable data: ValueError or FileNotFoundError with one line.
@@ -246,7 +246,7 @@ class Corpus:
 
     def __init__(self, data: str, tok: Tokenizer):
         folder, self.dtype = Path(data).expanduser(), "uint16"
-        if data and (folder / "train.bin").is_file():
+        if (folder / "train.bin").is_file():
             _check_nanogpt(folder / "train.bin", tok)
             _check_nanogpt(folder / "val.bin", tok)
         else:
@@ -660,7 +660,7 @@ def demo() -> None:
         print(f"  {tok.decode([token]):12} {'.' if target == IGNORE else tok.decode([target]):12} "
               f"{'F' if reset & RESET_FORWARD else '.'}{'R' if reset & RESET_REVERSE else '.'}")
 
-    batches = Batches(Corpus("", tok), tok, 2048, 8)
+    batches = Batches(Corpus("stdlib", tok), tok, 2048, 8)
     action, start = np.full(96, 1 / 96), time.perf_counter()
     full = np.mean([(batches.batch(0, 0, step, action, "train")["arm"] >= 0).mean() for step in range(50)])
     print(f"\n50 batches of 8 x 2048 tokens of the standard library, all 96 arms: {full:.2%} full, "

@@ -187,7 +187,7 @@ class Birdie:
                  root: bool = True, n_proposals: int = 2048, n_best: int = 8, train_steps: int = 200, lr: float = 1e-3):
         classes = sorted({arm.cls for arm in arms})
         if focus and focus not in classes:
-            raise ValueError(f"focus {focus!r} is no class; choose one of {', '.join(classes)}")
+            raise ValueError(f"focus {focus!r} is no class; choose one of {', '.join(classes)}, or none")
         self.arms, self.seed, self.focus, self.proposals, self.root = arms, seed, focus, proposals, root
         self.n_proposals, self.n_best, self.train_steps = n_proposals, n_best, train_steps
         self.first_choice = round(250 * max_steps / 32000)     # uniform until then (A.1)
@@ -268,7 +268,8 @@ class Birdie:
 
 def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0, focus: str = ""):
     """The scheduler of that name; birdie-causal is birdie on a model without bidirectional blocks (A.6).
-    focus: see `propose`; a fixed mixture has none."""
+    focus: see `propose`; "" or "none" for none, and a fixed mixture has none."""
+    focus = "" if focus == "none" else focus
     if name in ("birdie", "birdie-causal"):
         return Birdie(arms, max_steps, seed, focus)
     if focus:

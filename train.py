@@ -3,8 +3,9 @@
     repeat  evaluate every arm now and then   -> scheduler.update(step, losses), scheduler.action
             batch(seed, rank, step, action)   -> loss -> AdamW (betas 0.9, beta2), clipped, warm-up, cosine
 
-Run it:  python train.py                                a small model on this machine's Python library
-         python train.py --data=books/ --mixture=ntp    your own text, a causal model, next token prediction only
+Run it:  python train.py                                a small model on numpy's tables, to look things up
+         python train.py --preset=text --data=books/    your own text
+         python train.py --mixture=ntp                  a causal model, next token prediction only
          python train.py --out_dir=out --resume         go on from the last checkpoint
          python train.py --help                         every setting
 
@@ -43,29 +44,31 @@ from model import ARCHS, LM, ModelConfig
 from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
 from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 
-# Sizes by name; every field is also a flag. The blocks of each architecture differ in size, so their
-# numbers are such that the parameters are alike. 1.4b is the paper's (table 7; its learning rate is ours):
+# Settings by name; every field is also a flag. The blocks of each architecture differ in size, so their
+# numbers are such that the parameters are alike. cpu leads to a model that looks things up in a phone book
+# (eval_phonebook.py), text is for prose and code. 1.4b is the paper's (table 7; its learning rate is ours):
 # its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
+SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4, block_size=128, eval_rows=4)
 PRESETS = {
-    "cpu": dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4,
-                block_size=128, batch_size=32, max_steps=4000, lr=3e-3, eval_rows=4),
-    "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8,
-                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3, eval_rows=1),
-    "110m": dict(n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12,
-                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4, eval_rows=1),
-    "1.4b": dict(n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16,
-                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4, eval_rows=1),
+    "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=8000, lr=2e-3, beta2=0.99),
+    "text": dict(**SMALL, data="stdlib", batch_size=32, max_steps=4000, lr=3e-3, beta2=0.95),
+    "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8, data="stdlib",
+                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3, beta2=0.95, eval_rows=1),
+    "110m": dict(n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12, data="stdlib",
+                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4, beta2=0.95, eval_rows=1),
+    "1.4b": dict(n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16, data="stdlib",
+                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4, beta2=0.95, eval_rows=1),
 }
 
 
 @dataclass
 class Config:
     out_dir: str = "out"           # run folder: checkpoint and log
-    data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder or tables; "": Python's own library
+    data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder, stdlib or tables; "": the preset's
     tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
-    focus: str = ""                # a class that the bandit gives half of the samples on average; "": all arms alike
-    preset: str = ""               # sizes left at 0 come from here: cpu, gpu, 110m or 1.4b; "": cpu or gpu
+    focus: str = ""                # a class that the bandit's proposals centre on half for, or none; "": the preset's
+    preset: str = ""               # what is left at 0 or "" comes from here: cpu, text, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
     n_layer: int = 0
@@ -77,7 +80,7 @@ class Config:
     batch_size: int = 0            # rows in a step
     max_steps: int = 0
     lr: float = 0.0                # the highest learning rate
-    beta2: float = 0.95            # AdamW's memory of squared gradients; small batches need a longer one
+    beta2: float = 0.0             # AdamW's memory of squared gradients; small batches need a longer one
     warmup: float = 0.02           # share of the steps in which the learning rate rises
     weight_decay: float = 0.1
     clip: float = 1.0              # largest norm of the gradient
@@ -125,13 +128,14 @@ def keep_freed_memory():
 
 
 def sized(config):
-    """Fill in from the preset what was left at 0."""
+    """Fill in from the preset what was left at 0 or ""."""
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     if config.arch not in ARCHS:
         raise ValueError(f"arch {config.arch!r} is unknown; choose one of {', '.join(ARCHS)}")
     for name, value in PRESETS[config.preset].items():
-        setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
+        if name != "focus" or config.mixture.startswith("birdie"):      # a fixed mixture has none
+            setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
     return config
 
 

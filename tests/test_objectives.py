@@ -34,7 +34,7 @@ def tok():
 
 @pytest.fixture(scope="session")
 def corpus(tok, own_cache):
-    return Corpus("", tok)
+    return Corpus("stdlib", tok)
 
 
 @pytest.fixture(scope="session")
@@ -282,7 +282,7 @@ def test_workers_and_other_processes_give_the_same_bytes(batches):
         assert [digest(batch) for batch in found] == expected
         assert isinstance(found[0]["tokens"], torch.Tensor) and found[0]["reset"].dtype == torch.uint8
     code = ("import numpy as np; from objectives import *; from tests.test_objectives import digest; "
-            't = Tokenizer("bytes", 256); b = Batches(Corpus("", t), t, 2048, 8); '
+            't = Tokenizer("bytes", 256); b = Batches(Corpus("stdlib", t), t, 2048, 8); '
             'print(digest(b.batch(3, 1, 5, np.full(96, 1 / 96), "train")))')
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == expected[0]

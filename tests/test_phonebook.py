@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -243,11 +244,12 @@ def test_from_scratch_ignores_every_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize("preset", pb.PRESETS)
 def test_every_arm_of_the_comparison_is_pretrained_alike_but_for_its_mixture(preset):
-    given = {mixture: pb.pretraining_flags(mixture, preset) for mixture in pb.MIXTURES}
-    for mixture, settings in given.items():
-        config = train.sized(train.parse_args(train.Config, flags(**settings))[0])
+    alike = set()
+    for mixture in pb.MIXTURES:
+        config = train.sized(train.Config(mixture=mixture, preset=pb.PRETRAINING[preset]))
         assert config.mixture == mixture and bool(config.focus) == (preset == "cpu" and "birdie" in mixture)
-        assert dict(settings, mixture="", focus="") == dict(given["birdie"], mixture="", focus="")
+        alike.add(str(replace(config, mixture="", focus="")))
+    assert len(alike) == 1
 
 
 def test_the_learning_rate_of_fine_tuning_rises_stays_and_falls(run, tmp_path, monkeypatch):

@@ -110,7 +110,8 @@ def test_a_focus_has_half_of_the_samples_on_average_and_the_other_classes_share_
     focus = [arm.cls == world.arms[-1].cls for arm in world.arms]
     plain = run(make_scheduler("birdie", world.arms, 12, 0), World(0), 12)
     assert np.mean(bandit.actions, 0)[focus].sum() > np.mean(plain.actions, 0)[focus].sum()
-    with pytest.raises(ValueError, match="focus 'copy' is no class; choose one of .*copying"):
+    assert make_scheduler("birdie", world.arms, 12, 0, "none").focus == plain.focus == ""
+    with pytest.raises(ValueError, match="focus 'copy' is no class; choose one of .*copying.* or none"):
         make_scheduler("birdie", EVERY, 100, 0, "copy")
     with pytest.raises(ValueError, match="mixture 'ntp' is fixed; drop --focus"):
         make_scheduler("ntp", EVERY, 100, 0, "copying")

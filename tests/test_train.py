@@ -16,7 +16,7 @@ import train
 from model import ARCHS, LM, ModelConfig
 from objectives import CLASSES, RESET_FORWARD, Batches, Corpus, Tokenizer, arms, make_sample
 from scheduler import mixture
-from train import Config, Log, learning_rate, load_checkpoint, load_model, main, parse_args, save_checkpoint
+from train import PRESETS, Config, Log, learning_rate, load_checkpoint, load_model, main, parse_args, save_checkpoint, sized
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(n_layer=2, d_model=16, d_state=16, block_size=128, batch_size=4, eval_rows=1, workers=0, device="cpu",
@@ -240,6 +240,15 @@ def test_prompts_are_laid_out_as_training_samples_are():
 
 
 # ---- learning ----
+
+def test_a_preset_fills_what_was_left_open_and_only_the_bandit_has_its_focus():
+    config = sized(Config(preset="cpu", data="mine.txt", lr=1.0))
+    assert (config.data, config.lr, config.focus, config.batch_size) == ("mine.txt", 1.0, "selective_copying", 16)
+    assert sized(Config(preset="cpu", focus="none")).focus == "none"
+    assert sized(Config(preset="cpu", mixture="ntp")).focus == sized(Config(preset="text")).focus == ""
+    assert sized(Config(preset="text", arch="hawk")).n_layer == 2 and all(
+        sized(Config(preset=name)).data and 0 < sized(Config(preset=name)).beta2 < 1 for name in PRESETS)
+
 
 def test_the_learning_rate_rises_to_lr_and_falls_to_a_tenth():
     config = Config(lr=1.0, max_steps=1000, warmup=0.02)
