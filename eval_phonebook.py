@@ -86,7 +86,7 @@ N_NUMBERS = 1, 2, 4, 8, 16, 32
 PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}      # presets of train.py that go with those here
 PRESETS = {
     "cpu": dict(entries_min=4, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
-                max_steps=2800, cooldown=0.25, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
+                max_steps=1500, cooldown=0.25, batch_size=8, block_size=384, lr=1e-3, beta2=0.99),
     "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200, test_entries_max=220,
                 test_books=1024, max_steps=1000, cooldown=0.25, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
     "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750, test_entries_max=800,
@@ -100,6 +100,7 @@ class Config:
     out_dir: str = "out"           # phonebook.json and phonebook.pt, the fine-tuned checkpoint, are written here
     ckpt: str = ""                 # checkpoint of train.py to fine-tune; "": ckpt.pt in out_dir
     scratch: str = ""              # instead of a checkpoint, random weights of this architecture: no pretraining
+    causal: bool = False           # these have no block that reads the prefix right to left
     preset: str = ""               # what is left at 0 comes from here: cpu, gpu or paper; "": gpu if there is one, else cpu
     entries_min: int = 0           # entries of a book in fine-tuning, drawn uniformly
     entries_max: int = 0
@@ -254,6 +255,8 @@ def completed(config: Config) -> Config:
     for name, value in PRESETS[config.preset].items():
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
+    if config.causal and not config.scratch:
+        raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop --causal: a checkpoint knows what it is")
     config.ckpt = config.ckpt or os.path.join(config.out_dir, "ckpt.pt")
     for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "batch_size"):
         if getattr(config, name) < 1:
@@ -274,7 +277,8 @@ def completed(config: Config) -> Config:
 def load(config: Config):
     """-> (model on the CPU, tokenizer, train.Config of its pretraining, fine-tuning curve so far)."""
     if config.scratch and not config.resume:
-        pretraining = train.sized(train.Config(arch=config.scratch, mixture="none", preset=PRETRAINING[config.preset], seed=config.seed))
+        pretraining = train.sized(train.Config(arch=config.scratch, causal=config.causal, mixture="none",
+                                               preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
         return LM(train.model_config(pretraining, tok)), tok, pretraining, []
@@ -346,11 +350,12 @@ def evaluate(config: Config) -> dict:
 
 # ---- the whole comparison --------------------------------------------------------------------------
 
-MIXTURES = {"birdie": "Birdie", "birdie-causal": "Birdie, causal", "fixed": "fixed mixture", "ul2": "UL2",
-            "ntp": "next token prediction", "none": "no pretraining"}      # and how the picture calls them
+MIXTURES = {                                                                # and how the picture calls them
+    "birdie": "Birdie", "birdie-causal": "Birdie, causal", "fixed": "fixed mixture", "ul2": "UL2",
+    "ntp": "next token prediction", "none": "no pretraining", "none-causal": "no pretraining, causal"}
 # (architecture, pretraining, seed) in the order in which they run
 RUNS = (*((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
-          for mixture in ("birdie", "ntp", "birdie-causal", "none")),
+          for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal")),
         *((arch, mixture, 1) for arch in ("gated_ssm", "hawk") for mixture in ("fixed", "ul2")),
         *(("transformer", mixture, 1) for mixture in ("birdie", "ntp")))
 
@@ -372,7 +377,9 @@ def run_one(folder: str, arch: str, mixture: str, seed: int, preset: str, thread
     pretrain = ["train.py", f"--arch={arch}", f"--mixture={mixture}", f"--preset={PRETRAINING[preset]}", *common]
     pretrain += ["--resume"] * done("ckpt.pt")
     score_it = ["eval_phonebook.py", f"--preset={preset}", *common] + ["--resume"] * done("phonebook.pt")
-    commands = [pretrain, score_it] if mixture != "none" else [score_it + [f"--scratch={arch}"]]
+    commands = [pretrain, score_it]
+    if mixture.startswith("none"):
+        commands = [score_it + [f"--scratch={arch}"] + ["--causal"] * mixture.endswith("causal")]
     os.makedirs(folder, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     for program, *flags in commands[done("phonebook.pt") * (len(commands) - 1):]:

@@ -236,10 +236,12 @@ def test_answers_are_written_freely_from_what_was_written_before():
 
 
 def test_from_scratch_ignores_every_checkpoint(run, tmp_path):
-    main(flags(**{**TINY, "max_steps": 1}, scratch="gated_ssm", out_dir=tmp_path))
-    with open(tmp_path / "phonebook.json") as file:
-        pretraining = json.load(file)["pretraining"]
-    assert pretraining["mixture"] == "none" and pretraining["d_model"] == train.PRESETS["cpu"]["d_model"]
+    for causal in (False, True):
+        main(flags(**{**TINY, "max_steps": 1}, scratch="gated_ssm", out_dir=tmp_path / str(causal), **({"causal": True} if causal else {})))
+        with open(tmp_path / str(causal) / "phonebook.json") as file:
+            pretraining = json.load(file)["pretraining"]
+        assert pretraining["mixture"] == "none" and pretraining["d_model"] == train.PRESETS["cpu"]["d_model"]
+        assert load_model(tmp_path / str(causal) / "phonebook.pt")[0].config.causal == pretraining["causal"] == causal
 
 
 @pytest.mark.parametrize("preset", pb.PRESETS)
@@ -264,7 +266,7 @@ def test_the_learning_rate_of_fine_tuning_rises_stays_and_falls(run, tmp_path, m
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(preset="laptop"), "preset 'laptop' is unknown; choose one of cpu, gpu, paper"),
+    (dict(causal=True), "causal is for random weights; pass --scratch"), (dict(preset="laptop"), "preset 'laptop' is unknown; choose one of cpu, gpu, paper"),
     (dict(scratch="rnn"), "arch 'rnn' is unknown"),
     (dict(ckpt="nowhere.pt"), "there is no checkpoint nowhere.pt"),
     (dict(entries_max=40), "pass --block_size="),
