@@ -31,7 +31,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import sysconfig
 import tempfile
@@ -141,7 +140,7 @@ def _encoding(name: str) -> tiktoken.Encoding:
 
 # ---------------------------------------------------------------------------------------- corpus
 CHUNK = 1 << 17  # characters tokenised at once: bounded memory, whatever the file
-FORMAT = 3       # of the cached tokens: raise it when they change
+FORMAT = 2       # of the cached tokens: raise it when they change
 NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
@@ -149,8 +148,7 @@ def _files(data: str) -> list[Path]:
     path = Path(data).expanduser()
     if data == "tables":
         path = Path(np.__file__).parent
-        files = [f for f in path.rglob("*") if f.suffix in (".csv", ".py")]
-        files *= any(f.suffix == ".csv" for f in files)
+        files = list(path.rglob("*.csv"))
     elif data == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in path.rglob("*.py") if not NO_SOURCE & set(f.relative_to(path).parts)]
@@ -188,28 +186,15 @@ def _pieces(path: Path):
         raise ValueError(f"{path} cannot be read ({e.strerror}): change that, {remedy}") from None
 
 
-def _tables(files: list[Path]):
-    """Like _pieces: numpy's tables, each line with a name of two random words of numpy's source before it."""
-    rng = np.random.default_rng(0)
-    source = "".join(piece for f in files if f.suffix == ".py" for _, piece in _pieces(f))
-    words = sorted(set(re.findall(r"\b[A-Za-z]{3,8}\b", source)))
-    for f in files:
-        if f.suffix == ".csv":
-            lines = "".join(piece for _, piece in _pieces(f)).splitlines()
-            names = rng.choice(words, (len(lines), 2))
-            yield True, "".join(f"{first} {last}: {line}\n" for (first, last), line in zip(names, lines))
-
-
-def _tokenise(data: str, tok: Tokenizer, folder: Path, dtype: str) -> None:
+def _tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> None:
     """Writes train.bin and val.bin: documents, END_OF_TEXT before each.
 
     Validation is the 5% of documents whose first piece hashes to it, so copies stay on one side. With few
     or uneven documents that may be under 1% or over 20%; then it is the last 5% of all tokens instead.
     """
-    files, train, val = _files(data), folder / "train.bin", folder / "val.bin"
-    pieces = _tables(files) if data == "tables" else itertools.chain.from_iterable(map(_pieces, files))
+    train, val = folder / "train.bin", folder / "val.bin"
     with open(train, "wb") as f_train, open(val, "wb") as f_val:
-        for first, piece in pieces:
+        for first, piece in itertools.chain.from_iterable(map(_pieces, files)):
             ids = tok.encode(piece)
             if first:
                 out = f_train if zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 20 else f_val
@@ -254,9 +239,9 @@ class Corpus:
 
     data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
     'stdlib' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that numpy
-    brings for its own tests, each line with a name before it: what stands there cannot be guessed, only looked up.
-    Text is tokenised once, into the folder birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same
-    time. size: tokens of each split. Unusable data: ValueError or FileNotFoundError with one line.
+    brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once, into the folder
+    birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of each
+    split. Unusable data: ValueError or FileNotFoundError with one line.
     """
 
     def __init__(self, data: str, tok: Tokenizer):
@@ -266,20 +251,20 @@ class Corpus:
             _check_nanogpt(folder / "val.bin", tok)
         else:
             self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
-            folder = self._cached(data, tok)
+            folder = self._cached(_files(data), tok)
         self.paths = {split: str(folder / f"{split}.bin") for split in ("train", "val")}
         self.size = {split: len(_open(path, self.dtype)) for split, path in self.paths.items()}
 
-    def _cached(self, data: str, tok: Tokenizer) -> Path:
+    def _cached(self, files: list[Path], tok: Tokenizer) -> Path:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "birdie"
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(data)]
-        key = json.dumps([FORMAT, data == "tables", tok.fingerprint, stats]).encode("utf-8", "replace")
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        key = json.dumps([FORMAT, tok.fingerprint, stats]).encode("utf-8", "replace")
         folder = cache / hashlib.sha256(key).hexdigest()[:24]
         try:
             if not folder.is_dir():
                 cache.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
-                    _tokenise(data, tok, Path(temp), self.dtype)
+                    _tokenise(files, tok, Path(temp), self.dtype)
                     os.replace(temp, folder)  # all or nothing
         except OSError as e:
             if not folder.is_dir():           # else another process was faster
