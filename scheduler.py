@@ -138,7 +138,7 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str, focus: 
     twice its share, so next token prediction could never pass 2%, yet figure 5 shows classes between 0
     and 60%. "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each; on
     average every arm has the same share, as in figure 4's, so a model that knows nothing yet chooses that. With a
-    `focus`, half of every action is for that class, and the other half is proposed as without one.
+    `focus`, that class has half on average, and the others share the rest alike: the bandit decides around that.
     """
     if kind == "flat":
         weights = rng.random((n, len(arms)))
@@ -146,9 +146,10 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str, focus: 
         classes = list(dict.fromkeys(arm.cls for arm in arms))
         member = np.array([classes.index(arm.cls) for arm in arms])
         sizes = np.bincount(member)
-        shares = rng.dirichlet(0.5 * len(classes) * sizes / sizes.sum(), n)         # (n, classes)
+        average = sizes / sizes.sum()
         if focus:
-            shares = (shares + (np.array(classes) == focus)) / 2
+            average = np.where(np.array(classes) == focus, 0.5, 0.5 / (len(classes) - 1))
+        shares = rng.dirichlet(0.5 * len(classes) * average, n)                     # (n, classes)
         within = rng.exponential(size=(n, len(arms)))
         sums = np.stack([within[:, member == c].sum(1) for c in range(len(classes))], 1)
         weights = shares[:, member] * within / sums[:, member]

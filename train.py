@@ -50,7 +50,7 @@ from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 # its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4, block_size=128, eval_rows=4)
 PRESETS = {
-    "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=12000, lr=2e-3, beta2=0.99),
+    "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=8000, lr=2e-3, beta2=0.99),
     "text": dict(**SMALL, data="stdlib", batch_size=32, max_steps=4000, lr=3e-3, beta2=0.95),
     "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8, data="stdlib",
                 block_size=2048, batch_size=32, max_steps=8000, lr=1e-3, beta2=0.95, eval_rows=1),
@@ -67,7 +67,7 @@ class Config:
     data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder, stdlib or tables; "": the preset's
     tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
-    focus: str = ""                # a class for which the bandit keeps half of the samples, or none; "": the preset's
+    focus: str = ""                # a class that the bandit's proposals centre on half for, or none; "": the preset's
     preset: str = ""               # what is left at 0 or "" comes from here: cpu, text, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
