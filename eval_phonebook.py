@@ -86,7 +86,7 @@ N_NUMBERS = 1, 2, 4, 8, 16, 32
 PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}      # presets of train.py that go with those here
 PRESETS = {
     "cpu": dict(entries_min=4, entries_max=8, numbers_max=1, test_entries_min=8, test_entries_max=8, test_books=512,
-                max_steps=2200, cooldown=0.25, batch_size=8, block_size=384, lr=2e-3, beta2=0.99),
+                max_steps=2500, cooldown=0.25, batch_size=8, block_size=384, lr=2e-3, beta2=0.99),
     "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200, test_entries_max=220,
                 test_books=1024, max_steps=1000, cooldown=0.25, batch_size=16, block_size=8192, lr=3e-4, beta2=0.95),
     "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750, test_entries_max=800,
