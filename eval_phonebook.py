@@ -12,7 +12,7 @@ Symbols: a book has entries, a name and a number each; B rows of T tokens are a 
 Run it:  python eval_phonebook.py --out_dir=out       fine-tune and score out/ckpt.pt; out/phonebook.json says how it went
          python eval_phonebook.py book                one book, its question and its answer
          python eval_phonebook.py figure1             the comparison from nothing: pretrain, fine-tune, score, plot
-         python eval_phonebook.py figure1 --only='gated_ssm-birdie-*,gated_ssm-ntp-*'    some of its runs
+         python eval_phonebook.py figure1 --only='gated_ssm-birdie-?,gated_ssm-ntp-?'    some of its runs
          python eval_phonebook.py --help              every setting
 
 Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate to small models
@@ -100,7 +100,7 @@ class Config:
     out_dir: str = "out"           # phonebook.json and phonebook.pt, the fine-tuned checkpoint, are written here
     ckpt: str = ""                 # checkpoint of train.py to fine-tune; "": ckpt.pt in out_dir
     scratch: str = ""              # instead of a checkpoint, random weights of this architecture: no pretraining
-    causal: bool = False           # these have no block that reads the prefix right to left
+    causal: bool = False           # with --scratch: no block reads the prefix right to left
     preset: str = ""               # what is left at 0 comes from here: cpu, gpu or paper; "": gpu if there is one, else cpu
     entries_min: int = 0           # entries of a book in fine-tuning, drawn uniformly
     entries_max: int = 0
@@ -117,7 +117,10 @@ class Config:
     seed: int = 1                  # of the training books, and of random weights
     workers: int = 1               # processes that make books
     device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
-    resume: bool = False           # score out_dir/phonebook.pt again, without fine-tuning
+    resume: bool = False           # score out_dir/phonebook.pt again, as it was fine-tuned, on what test_... says
+
+
+RESCORED = "out_dir", "device", "resume", "test_entries_min", "test_entries_max", "test_books"     # what --resume may change
 
 
 # ---- books -----------------------------------------------------------------------------------------
@@ -249,7 +252,8 @@ def show_example(respond, prompt: str, label: str) -> None:
 
 def completed(config: Config) -> Config:
     """Fill in what was left open, and refuse what cannot be done, before anything is computed."""
-    config.preset = config.preset or ("gpu" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
+    config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
@@ -275,16 +279,16 @@ def completed(config: Config) -> Config:
 
 
 def load(config: Config):
-    """-> (model on the CPU, tokenizer, train.Config of its pretraining, fine-tuning curve so far)."""
+    """-> (model on the CPU, tokenizer, train.Config of its pretraining, checkpoint)."""
     if config.scratch and not config.resume:
         pretraining = train.sized(train.Config(arch=config.scratch, causal=config.causal, mixture="none",
                                                preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
-        return LM(train.model_config(pretraining, tok)), tok, pretraining, []
+        return LM(train.model_config(pretraining, tok)), tok, pretraining, {}
     path = os.path.join(config.out_dir, "phonebook.pt") if config.resume else config.ckpt
     model, tok, checkpoint = train.load_model(path)
-    return model, tok, train.Config(**checkpoint["config"]), checkpoint.get("curve", [])
+    return model, tok, train.Config(**checkpoint["config"]), checkpoint
 
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
@@ -318,7 +322,10 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
 def evaluate(config: Config) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json."""
     begin, config = time.perf_counter(), completed(config)
-    model, tok, pretraining, curve = load(config)
+    model, tok, pretraining, checkpoint = load(config)
+    if config.resume:
+        now = {name: getattr(config, name) for name in RESCORED}
+        config = Config(**{**checkpoint["finetuning"], **now})
     run = train.resolve(replace(pretraining, device=config.device, dtype="", compile="", batch_size=config.batch_size,
                                 block_size=config.block_size, max_steps=config.max_steps, lr=config.lr))
     train.keep_freed_memory()
@@ -327,11 +334,11 @@ def evaluate(config: Config) -> dict:
     print(f"books    {config.entries_min} to {config.entries_max} entries, up to {config.numbers_max} numbers asked; "
           f"tests: {config.test_books} books of {config.test_entries_min} to {config.test_entries_max} entries")
     os.makedirs(config.out_dir, exist_ok=True)
+    curve = checkpoint["curve"] if config.resume else finetune(model, tok, run, config)
     if not config.resume:
-        curve = finetune(model, tok, run, config)
         train.save_checkpoint(os.path.join(config.out_dir, "phonebook.pt"), dict(
             config=asdict(pretraining), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), model=model.state_dict(),
-            step=config.max_steps, curve=curve, data={}, losses=None, optimizer={}, scheduler={}))
+            step=config.max_steps, curve=curve, finetuning=asdict(config), data={}, losses=None, optimizer={}, scheduler={}))
     respond, results = responder(model, tok, run), []
     for n in N_NUMBERS:
         if n <= min(config.numbers_max, config.test_entries_min):
@@ -374,15 +381,15 @@ def run_one(folder: str, arch: str, mixture: str, seed: int, preset: str, thread
         return os.path.exists(os.path.join(folder, name))
 
     common = [f"--seed={seed}", f"--out_dir={folder}", "--workers=0"]
+    score_it = ["eval_phonebook.py", f"--preset={preset}", *common] + ["--resume"] * done("phonebook.pt")
+    if mixture.startswith("none"):
+        score_it += [f"--scratch={arch}"] + ["--causal"] * mixture.endswith("causal")
     pretrain = ["train.py", f"--arch={arch}", f"--mixture={mixture}", f"--preset={PRETRAINING[preset]}", *common]
     pretrain += ["--resume"] * done("ckpt.pt")
-    score_it = ["eval_phonebook.py", f"--preset={preset}", *common] + ["--resume"] * done("phonebook.pt")
-    commands = [pretrain, score_it]
-    if mixture.startswith("none"):
-        commands = [score_it + [f"--scratch={arch}"] + ["--causal"] * mixture.endswith("causal")]
+    commands = [score_it] if mixture.startswith("none") or done("phonebook.pt") else [pretrain, score_it]
     os.makedirs(folder, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
-    for program, *flags in commands[done("phonebook.pt") * (len(commands) - 1):]:
+    for program, *flags in commands:
         with open(os.path.join(folder, "log.txt"), "a") as log:
             begin = time.time()
             code = subprocess.run([sys.executable, os.path.join(here, program), *flags], stdout=log, stderr=log,
@@ -391,7 +398,7 @@ def run_one(folder: str, arch: str, mixture: str, seed: int, preset: str, thread
         if code:
             with open(log.name, errors="replace") as log:
                 lines = [line for line in log.read().replace("\r", "\n").splitlines() if line.strip()]
-            return f"{program} failed with exit code {code}; {log.name} ends: {lines[-2]}"
+            return f"{program} failed with exit code {code}; {log.name} ends: {lines[-2:][0]}"
     return ""
 
 
@@ -402,10 +409,15 @@ def figure1(figure: Figure) -> None:
     if figure.preset not in PRESETS:
         raise ValueError(f"preset {figure.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     os.makedirs(figure.out_dir, exist_ok=True)
-    folders = {run: os.path.join(figure.out_dir, "-".join(map(str, run))) for run in RUNS}
-    missing = [run for run, folder in folders.items()
-               if any(fnmatch(os.path.basename(folder), pattern) for pattern in figure.only.split(","))
-               and not os.path.exists(os.path.join(folder, "phonebook.json"))]
+    names = {run: "-".join(map(str, run)) for run in RUNS}
+    folders = {run: os.path.join(figure.out_dir, name) for run, name in names.items()}
+    wanted = {pattern.strip(): [run for run in RUNS if fnmatch(names[run], pattern.strip())] for pattern in figure.only.split(",")}
+    for pattern, runs in wanted.items():
+        if not runs:
+            raise ValueError(f"no run matches {pattern!r} of --only; runs are named {', '.join(names.values())}")
+    collect(figure, folders)
+    missing = [run for run in RUNS if any(run in runs for runs in wanted.values())
+               and not os.path.exists(os.path.join(folders[run], "phonebook.json"))]
     jobs = figure.jobs or (1 if on_gpu else min(len(missing), os.cpu_count())) or 1
     threads = max(1, os.cpu_count() // jobs)
     print(f"{len(missing)} runs to do, {jobs} at a time, {threads} threads each")
@@ -421,20 +433,23 @@ def figure1(figure: Figure) -> None:
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(missing)} runs failed; run the same command again to go on")
     found = collect(figure, folders)
-    if not found:
-        raise ValueError(f"no run matches --only={figure.only}; runs are named {', '.join(map(os.path.basename, folders.values()))}")
     show_table(found)
     plot(found, os.path.join(figure.out_dir, "figure1.png"))
 
 
 def collect(figure: Figure, folders: dict) -> list:
-    """The results that are there -> figure1.json."""
+    """The results that are there -> figure1.json. Raises ValueError where one has other settings than the preset's."""
     found = []
     for (arch, mixture, seed), folder in folders.items():
         path = os.path.join(folder, "phonebook.json")
         if os.path.exists(path):
             with open(path) as file:
-                found.append(dict(arch=arch, mixture=mixture, seed=seed, **json.load(file)))
+                result = json.load(file)
+            for name, value in PRESETS[figure.preset].items():
+                if result["config"][name] != value:
+                    raise ValueError(f"{path} has {name} {result['config'][name]}, and preset {figure.preset} has {value}; "
+                                     f"remove it, or choose another --out_dir")
+            found.append(dict(arch=arch, mixture=mixture, seed=seed, **result))
     with open(os.path.join(figure.out_dir, "figure1.json"), "w") as file:
         json.dump(found, file, indent=1)
     return found

@@ -49,15 +49,16 @@ from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 # (eval_phonebook.py), text is for prose and code. 1.4b is the paper's (table 7; its learning rate is ours):
 # its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4, block_size=128, eval_rows=4)
+LARGE = dict(block_size=2048, data="stdlib", beta2=0.95, eval_rows=1)
 PRESETS = {
     "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=8000, lr=2e-3, beta2=0.99),
     "text": dict(**SMALL, data="stdlib", batch_size=32, max_steps=4000, lr=3e-3, beta2=0.95),
-    "gpu": dict(n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8, data="stdlib",
-                block_size=2048, batch_size=32, max_steps=8000, lr=1e-3, beta2=0.95, eval_rows=1),
-    "110m": dict(n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12, data="stdlib",
-                 block_size=2048, batch_size=32, max_steps=32000, lr=6e-4, beta2=0.95, eval_rows=1),
-    "1.4b": dict(n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16, data="stdlib",
-                 block_size=2048, batch_size=520, max_steps=32000, lr=3e-4, beta2=0.95, eval_rows=1),
+    "gpu": dict(**LARGE, n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8,
+                batch_size=32, max_steps=8000, lr=1e-3),
+    "110m": dict(**LARGE, n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768, d_state=1536, n_head=12,
+                 batch_size=32, max_steps=32000, lr=6e-4),
+    "1.4b": dict(**LARGE, n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048, d_state=2560, n_head=16,
+                 batch_size=520, max_steps=32000, lr=3e-4),
 }
 
 
@@ -67,14 +68,14 @@ class Config:
     data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder, stdlib or tables; "": the preset's
     tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
-    focus: str = ""                # a class that the bandit's proposals centre on half for, or none; "": the preset's
+    focus: str = ""                # a class that has half of the samples in the bandit's proposals, on average, or none; "": the preset's
     preset: str = ""               # what is left at 0 or "" comes from here: cpu, text, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
     n_layer: int = 0
     d_model: int = 0
     d_state: int = 0               # channels of the recurrence
-    memory: int = 0                # the Gated SSM's longest memory at initialisation, in tokens; 0: block_size
+    memory: int = 0                # the Gated SSM's longest memory at initialisation, in tokens; 0: the preset's, or block_size
     n_head: int = 0                # of the Transformer
     block_size: int = 0            # tokens in a row
     batch_size: int = 0            # rows in a step
@@ -134,7 +135,7 @@ def sized(config):
     if config.arch not in ARCHS:
         raise ValueError(f"arch {config.arch!r} is unknown; choose one of {', '.join(ARCHS)}")
     for name, value in PRESETS[config.preset].items():
-        if name != "focus" or config.mixture.startswith("birdie"):      # a fixed mixture has none
+        if name != "focus" or config.mixture in ("birdie", "birdie-causal"):      # a fixed mixture has none
             setattr(config, name, getattr(config, name) or (value[config.arch] if name == "n_layer" else value))
     return config
 
@@ -170,8 +171,10 @@ def resolve(config):
     if config.mixture in ("ntp", "birdie-causal") and not config.causal:
         config.causal = True      # without prefixes, channels that run right to left would remember nothing
         print(f"causal   yes: {config.mixture} has no use for reading both ways")
+    reason = "asked for" if config.preset else "the default with a GPU" if on_gpu else "the default without a GPU"
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     sized(config)
+    print(f"preset   {config.preset}: {reason}; data {config.data}, focus {config.focus or 'none'}")
 
     reason = "asked for"
     if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:

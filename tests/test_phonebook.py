@@ -215,6 +215,9 @@ def test_what_is_fine_tuned_is_not_lost_and_scored_again_gives_the_same(run, cap
     assert json.loads(before)["results"] == json.loads(after)["results"]
     assert json.loads(before)["curve"] == json.loads(after)["curve"]
     assert "Phonebook:" in capsys.readouterr().out
+    main(flags(**{**TINY, "max_steps": 9, "lr": 0.5}, out_dir=run, resume=True))        # says how it was fine-tuned, not how not
+    again = json.loads(open(f"{run}/phonebook.json").read())["config"]
+    assert again == json.loads(after)["config"] and again["max_steps"] == 2
 
 
 def test_answers_are_written_freely_from_what_was_written_before():
@@ -299,6 +302,9 @@ def test_figure_1_runs_what_is_missing_keeps_what_is_there_and_names_what_failed
 
     monkeypatch.setattr(pb, "plot", lambda found, picture: None)
     monkeypatch.setattr(subprocess, "run", one)
+    with open(f"{run}/phonebook.json") as file:
+        as_run = json.load(file)["config"]
+    monkeypatch.setitem(pb.PRESETS, "cpu", {name: as_run[name] for name in pb.PRESETS["cpu"]})
     figure = Figure(out_dir=str(tmp_path), preset="cpu", only="gated_ssm-birdie-1,*_ssm-ntp-1,gated_ssm-none-1", jobs=1)
     with pytest.raises(SystemExit, match="1 of 3 runs failed"):
         figure1(figure)
@@ -314,6 +320,11 @@ def test_figure_1_runs_what_is_missing_keeps_what_is_there_and_names_what_failed
     with open(tmp_path / "figure1.json") as file:
         assert [(r["arch"], r["mixture"], r["seed"]) for r in json.load(file)] == [
             ("gated_ssm", "birdie", 1), ("gated_ssm", "ntp", 1), ("gated_ssm", "none", 1)]
+    pb.PRESETS["cpu"]["lr"] = 0.5
+    with pytest.raises(ValueError, match="phonebook.json has lr .*, and preset cpu has 0.5; remove it"):
+        figure1(figure)
+    with pytest.raises(ValueError, match="no run matches 'hawk_ntp' of --only; runs are named gated_ssm-birdie-1"):
+        figure1(replace(figure, only="gated_ssm-birdie-1, hawk_ntp"))
 
 
 def test_the_picture_is_drawn(run, tmp_path):
