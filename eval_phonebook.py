@@ -448,7 +448,7 @@ def collect(figure: Figure, folders: dict) -> list:
             for name, value in PRESETS[figure.preset].items():
                 if result["config"][name] != value:
                     raise ValueError(f"{path} has {name} {result['config'][name]}, and preset {figure.preset} has {value}; "
-                                     f"remove it, or choose another --out_dir")
+                                     f"remove it and phonebook.pt beside it to fine-tune again, or choose another --out_dir")
             found.append(dict(arch=arch, mixture=mixture, seed=seed, **result))
     with open(os.path.join(figure.out_dir, "figure1.json"), "w") as file:
         json.dump(found, file, indent=1)
