@@ -5,7 +5,7 @@
 
 Run it:  python train.py                                a small model on numpy's tables, to look things up
          python train.py --preset=text --data=books/    your own text
-         python train.py --mixture=ntp                  a causal model, next token prediction only
+         python train.py --mixture=ntp --out_dir=ntp    a causal model, next token prediction only
          python train.py --out_dir=out --resume         go on from the last checkpoint
          python train.py --help                         every setting
 
