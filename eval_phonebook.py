@@ -16,9 +16,10 @@ Run it:  python eval_phonebook.py --out_dir=out       fine-tune and score out/ck
          python eval_phonebook.py --help              every setting
 
 Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate to small models
-(`paper` has the paper's own); the names. A name and a number that stand together in a test book never do in a training
+(`paper` has the paper's own, and longer rows, which our tokens need); the names. A name and a number that stand together in a test book never do in a training
 book: the checksum of the entry says to which side it belongs.
 """
+import fnmatch
 import json
 import os
 import subprocess
@@ -27,13 +28,12 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 
+import train                       # before torch: it sets how threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import train
 from model import LM
 from objectives import Loader, Tokenizer, lay_out
 
@@ -117,10 +117,10 @@ class Config:
     seed: int = 1                  # of the training books, and of random weights
     workers: int = 1               # processes that make books
     device: str = ""               # cpu, cuda, cuda:1 ...; "": cuda if there is one
-    resume: bool = False           # score out_dir/phonebook.pt again, as it was fine-tuned, on what test_... says
+    resume: bool = False           # score out_dir/phonebook.pt again; test_... may say on what
 
 
-RESCORED = "out_dir", "device", "resume", "test_entries_min", "test_entries_max", "test_books"     # what --resume may change
+RESCORED = {"out_dir", "device", "workers", "resume", "test_entries_min", "test_entries_max", "test_books"}  # --resume may change
 
 
 # ---- books -----------------------------------------------------------------------------------------
@@ -163,9 +163,11 @@ class Books:
         """Tokens that a prompt and its answer take at most."""
         def size(text):
             return len(self.tok.encode(text))
-        name = " ".join(max(names, key=lambda name: size(f" {name}")) for names in (FIRST, LAST))
+        bare, first, last = (max(size(space + name) for name in names)
+                             for space, names in (("", FIRST), (" ", FIRST), (" ", LAST)))
         return (2 * size(QUESTION.format("", "below")) + size("\n\nPhonebook:\n\n\n") + 2 * size(" and")
-                + n_entries * size(f"{name}: 111-111-1111\n") + n_numbers * (2 * size(f" {name},") + size("111-111-1111, ")))
+                + n_entries * (bare + last + size(": 111-111-1111\n"))
+                + n_numbers * (2 * (first + last + size(",")) + size("111-111-1111, ")))
 
     def batch(self, seed, rank, step, action=None, split="train") -> dict:
         """(B, T) arrays as objectives.lay_out gives them; `action` has no meaning here.
@@ -278,6 +280,20 @@ def completed(config: Config) -> Config:
     return config
 
 
+def as_finetuned(config: Config, given: set) -> Config:
+    """How out_dir/phonebook.pt was fine-tuned, but for what `given`, flags of --resume, may change."""
+    path = os.path.join(config.out_dir, "phonebook.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path} to score again; drop --resume to fine-tune first")
+    saved = train.load_checkpoint(path, "finetuning")["finetuning"]
+    for name in sorted(given - RESCORED):
+        if getattr(config, name) != saved[name]:
+            raise ValueError(f"{name} is {saved[name]!r} in {path} and {getattr(config, name)!r} on the command line; drop "
+                             f"--{name}, or fine-tune into another --out_dir without --resume")
+    changes = {name: getattr(config, name) for name in given & RESCORED}
+    return Config(**{**saved, "device": "", **changes, "out_dir": config.out_dir, "resume": True})
+
+
 def load(config: Config):
     """-> (model on the CPU, tokenizer, train.Config of its pretraining, checkpoint)."""
     if config.scratch and not config.resume:
@@ -302,15 +318,7 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
     bar = tqdm(batches, "fine-tuning", config.max_steps, unit="step")
     for step, batch in enumerate(bar, 1):
         falling = (config.max_steps - step + 1) / max(1, config.cooldown * config.max_steps)
-        optimizer.param_groups[0]["lr"] = config.lr * min(1, step / 50, falling)
-        rows = {key: value.to(run.device, non_blocking=True) for key, value in batch.items()}
-        with train.autocast(run):
-            _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(train.learn(step_model, optimizer, batch, config.lr * min(1, step / 50, falling), run)[0])
         if step % max(1, config.max_steps // 20) == 0 or step == config.max_steps:
             digits = score(responder(model, tok, run), held_out)["digits"]
             curve.append(dict(step=step, loss=torch.stack(losses).mean().item(), digits=digits))
@@ -319,32 +327,29 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
     return curve
 
 
-def evaluate(config: Config) -> dict:
-    """Fine-tune and score one model; -> what it writes to phonebook.json."""
-    begin, config = time.perf_counter(), completed(config)
+def evaluate(config: Config, given: set) -> dict:
+    """Fine-tune and score one model; -> what it writes to phonebook.json. given: names of the flags that were set."""
+    begin, config = time.perf_counter(), completed(as_finetuned(config, given) if config.resume else config)
     model, tok, pretraining, checkpoint = load(config)
-    if config.resume:
-        now = {name: getattr(config, name) for name in RESCORED}
-        config = Config(**{**checkpoint["finetuning"], **now})
     run = train.resolve(replace(pretraining, device=config.device, dtype="", compile="", batch_size=config.batch_size,
                                 block_size=config.block_size, max_steps=config.max_steps, lr=config.lr))
     train.keep_freed_memory()
     model.to(run.device)
     print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, pretraining: {run.mixture}")
-    print(f"books    {config.entries_min} to {config.entries_max} entries, up to {config.numbers_max} numbers asked; "
+    print(f"books    preset {config.preset}: {config.entries_min} to {config.entries_max} entries, up to {config.numbers_max} numbers asked; "
           f"tests: {config.test_books} books of {config.test_entries_min} to {config.test_entries_max} entries")
     os.makedirs(config.out_dir, exist_ok=True)
     curve = checkpoint["curve"] if config.resume else finetune(model, tok, run, config)
     if not config.resume:
         train.save_checkpoint(os.path.join(config.out_dir, "phonebook.pt"), dict(
             config=asdict(pretraining), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), model=model.state_dict(),
-            step=config.max_steps, curve=curve, finetuning=asdict(config), data={}, losses=None, optimizer={}, scheduler={}))
+            step=config.max_steps, curve=curve, finetuning=asdict(config)))
     respond, results = responder(model, tok, run), []
     for n in N_NUMBERS:
         if n <= min(config.numbers_max, config.test_entries_min):
             result = score(respond, test_books(config, n, config.test_books))
             results.append(result)
-            print(f"{n:3d} numbers: {result['digits']:.1%} of digits right (95% interval "
+            print(f"{n:3d} number{'s' * (n > 1)}: {result['digits']:.1%} of digits right (95% interval "
                   f"{' to '.join(f'{x:.1%}' for x in result['digits_interval'])}; chance 10%), {result['exact']:.1%} of numbers exact")
     show_example(respond, *test_books(config, results[-1]["n_numbers"], 1)[0])
     found = dict(config=asdict(config), pretraining=asdict(pretraining), parameters=model.n_parameters(), results=results,
@@ -360,11 +365,11 @@ def evaluate(config: Config) -> dict:
 MIXTURES = {                                                                # and how the picture calls them
     "birdie": "Birdie", "birdie-causal": "Birdie, causal", "fixed": "fixed mixture", "ul2": "UL2",
     "ntp": "next token prediction", "none": "no pretraining", "none-causal": "no pretraining, causal"}
-# (architecture, pretraining, seed) in the order in which they run
-RUNS = (*((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
-          for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal")),
-        *((arch, mixture, 1) for arch in ("gated_ssm", "hawk") for mixture in ("fixed", "ul2")),
-        *(("transformer", mixture, 1) for mixture in ("birdie", "ntp")))
+RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, seed in (     # in the order in which they run
+    *((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
+      for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal")),
+    *((arch, mixture, 1) for arch in ("gated_ssm", "hawk") for mixture in ("fixed", "ul2")),
+    *(("transformer", mixture, 1) for mixture in ("birdie", "ntp")))}
 
 
 @dataclass
@@ -409,39 +414,40 @@ def figure1(figure: Figure) -> None:
     if figure.preset not in PRESETS:
         raise ValueError(f"preset {figure.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     os.makedirs(figure.out_dir, exist_ok=True)
-    names = {run: "-".join(map(str, run)) for run in RUNS}
-    folders = {run: os.path.join(figure.out_dir, name) for run, name in names.items()}
-    wanted = {pattern.strip(): [run for run in RUNS if fnmatch(names[run], pattern.strip())] for pattern in figure.only.split(",")}
-    for pattern, runs in wanted.items():
-        if not runs:
-            raise ValueError(f"no run matches {pattern!r} of --only; runs are named {', '.join(names.values())}")
-    collect(figure, folders)
-    missing = [run for run in RUNS if any(run in runs for runs in wanted.values())
-               and not os.path.exists(os.path.join(folders[run], "phonebook.json"))]
+    patterns = [pattern.strip() for pattern in figure.only.split(",")]
+    for pattern in patterns:
+        if not fnmatch.filter(RUNS, pattern):
+            raise ValueError(f"no run matches {pattern!r} of --only; runs are named {', '.join(RUNS)}")
+    collect(figure)
+    missing = [name for name in RUNS if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+               and not os.path.exists(os.path.join(figure.out_dir, name, "phonebook.json"))]
     jobs = figure.jobs or (1 if on_gpu else min(len(missing), os.cpu_count())) or 1
     threads = max(1, os.cpu_count() // jobs)
     print(f"{len(missing)} runs to do, {jobs} at a time, {threads} threads each")
     failed = []
+
+    def run(name):
+        return run_one(os.path.join(figure.out_dir, name), *RUNS[name], figure.preset, threads)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(missing), unit="run") as bar:
-        for run, error in pool.map(lambda run: (run, run_one(folders[run], *run, figure.preset, threads)), missing):
+        for name, error in zip(missing, pool.map(run, missing)):
             failed += [error] * bool(error)
-            bar.set_postfix_str(f"last: {'-'.join(map(str, run))}")
+            bar.set_postfix_str(f"last: {name}")
             bar.update()
-            collect(figure, folders)
+            collect(figure)
     for error in failed:
         print(f"error: {error}")
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(missing)} runs failed; run the same command again to go on")
-    found = collect(figure, folders)
+    found = collect(figure)
     show_table(found)
     plot(found, os.path.join(figure.out_dir, "figure1.png"))
 
 
-def collect(figure: Figure, folders: dict) -> list:
+def collect(figure: Figure) -> list:
     """The results that are there -> figure1.json. Raises ValueError where one has other settings than the preset's."""
     found = []
-    for (arch, mixture, seed), folder in folders.items():
-        path = os.path.join(folder, "phonebook.json")
+    for name, (arch, mixture, seed) in RUNS.items():
+        path = os.path.join(figure.out_dir, name, "phonebook.json")
         if os.path.exists(path):
             with open(path) as file:
                 result = json.load(file)
@@ -512,7 +518,7 @@ def main(argv: list) -> None:
         elif argv == ["book"]:
             print("\n\n".join(write_book(np.random.default_rng(1), 6, 2, "val")))
         else:
-            evaluate(train.parse_args(Config, argv)[0])
+            evaluate(*train.parse_args(Config, argv))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")
 

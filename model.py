@@ -93,23 +93,12 @@ class Layout:
                 seen = seen | ((reset & RESET_REVERSE) == 0)[:, None, :]
             self.mask = (seen & (sample[:, :, None] == sample[:, None, :]))[:, None]     # (B, 1, T, T)
         else:  # taps[k] is 1 where token t - k is of the same sample as token t
-            past = F.pad(sample, (max(config.conv_width - 1, 0), 0))
-            self.taps = [(sample == past[:, past.size(1) - T - k:past.size(1) - k])[..., None]
-                         for k in range(config.conv_width)]
+            self.taps = [(sample == F.pad(sample, (k, 0))[:, :T])[..., None] for k in range(config.conv_width)]
 
     def take(self, x, width=1):
         """x (B, width - 1 + T, C) -> the `width` entries that end at each row's last token (B, width, C)."""
         at = self.last[:, None] + torch.arange(width, device=x.device)
         return x.gather(1, at[..., None].expand(-1, -1, x.size(2)))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, n_channel):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_channel))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
 
 
 class CausalConv(nn.Module):
@@ -266,11 +255,11 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         mixer = {"gated_ssm": GatedSSM, "hawk": Hawk, "transformer": Attention}[config.arch]
-        self.norm = RMSNorm(config.d_model)
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.mixer = mixer(config, bidirectional=not config.causal and layer % 2 == 0)
         self.mlp = None
         if config.arch != "gated_ssm":
-            self.mlp_norm, self.mlp = RMSNorm(config.d_model), GatedMLP(config.d_model)
+            self.mlp_norm, self.mlp = nn.RMSNorm(config.d_model, eps=1e-6), GatedMLP(config.d_model)
 
     def forward(self, x, layout, state=None):
         y, state = self.mixer(self.norm(x), layout, state)
@@ -294,7 +283,7 @@ class LM(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model)
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.W_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight)
         nn.init.normal_(self.W_head.weight, std=0.02)
@@ -349,6 +338,8 @@ class LM(nn.Module):
         """
         if not prompts or any(len(start) == 0 for _, start in prompts):
             raise ValueError("generate needs at least one prompt, and GEN at the start of each causal part")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature {temperature} must not be below 0, nor top_k {top_k} below 1")
         device = self.embed.weight.device
         lengths = torch.tensor([len(prefix) + len(start) for prefix, start in prompts], device=device)
         tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)
@@ -378,7 +369,7 @@ class LM(nn.Module):
         """logits (B, V) -> tokens (B,)."""
         if temperature == 0:
             return logits.argmax(-1)
-        if top_k:
+        if top_k is not None:
             kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
         return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
@@ -455,9 +446,9 @@ def try_out(argv):
     try:
         model, tok, _ = load_model(args.ckpt)
         prompt = as_trained(args.objective, args.prompt, tok, args.start, args.end)
+        answer, = model.eval().generate([prompt], args.max_new_tokens, tok.DONE, args.temperature, args.top_k)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")
-    answer, = model.eval().generate([prompt], args.max_new_tokens, tok.DONE, args.temperature, args.top_k)
     print((args.prompt if args.objective == "continue" else "") + tok.decode(answer).removesuffix("<DONE>"))
 
 

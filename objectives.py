@@ -98,14 +98,13 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Special tokens are shown by name, such as <GEN>; the few ids that some encodings skip, as <?>."""
-        parts = []
-        for special, run in itertools.groupby(np.asarray(ids).tolist(), lambda i: i >= self.n_text):
+        def written(i):
             try:
-                parts += [self.special_names[i - self.n_text] for i in run] if special else [
-                    self._encoding.decode_bytes(list(run)).decode("utf-8", "replace")]
+                return self.special_names[i - self.n_text].encode() if i >= self.n_text else (
+                    self._encoding.decode_single_token_bytes(i))
             except KeyError:
-                parts.append("<?>")
-        return "".join(parts)
+                return b"<?>"
+        return b"".join(map(written, np.asarray(ids).tolist())).decode("utf-8", "replace")
 
 
 # GPT-2's pattern, but a digit is always its own token: numbers are copied digit by digit. Our choice.
@@ -449,7 +448,7 @@ def _ends_once(text: np.ndarray, n: int) -> np.ndarray:
 
 
 def _delimiter(text: np.ndarray, end: int, least: int, most: int) -> int:
-    """Length of the shortest run of tokens that ends at `end` and occurs once in text; 0 if none."""
+    """Tokens of a run that ends at `end` and occurs once in text: the fewest, or `least` if that is more; 0 if none."""
     ends = np.flatnonzero(text == text[end - 1]) + 1
     for n in range(1, most + 1):
         ends = ends[ends >= n]

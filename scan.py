@@ -88,7 +88,7 @@ def chunked_scan(a, x, state, h, reverse):
     """
     T = x.shape[1]
     C = math.isqrt(T)               # steps in a chunk
-    K = T // C                      # chunks; what is left, at most 2 * sqrt(T) steps, comes last
+    K = T // C                      # chunks; what is left, fewer than C steps, comes last
     rest = range(T - K * C - 1, -1, -1) if reverse else range(K * C, T)
     whole = slice(T - K * C, T) if reverse else slice(0, K * C)
     step = range(C - 1, -1, -1) if reverse else range(C)
@@ -454,13 +454,14 @@ def backend(device="cpu") -> Backend:
     """Which implementation `scan` uses for tensors on `device`, and why not a better one."""
     device, forced = torch.device(device), os.environ.get("SCAN_BACKEND", "")
     best = {"cpu": "cpp", "cuda": "cuda"}.get(device.type, "torch")
-    if forced not in ("", "torch", best):
-        raise RuntimeError(f"SCAN_BACKEND={forced} cannot run on {device}; use {best} or torch, or unset it")
+    on_gpu_too = forced == "cuda" and torch.cuda.is_available()     # what stays on the CPU then, has its best
+    if forced not in ("", "torch", best) and not on_gpu_too:
+        raise ValueError(f"SCAN_BACKEND={forced} cannot run on {device}; use {best} or torch, or unset it")
     if forced == "torch" or best == "torch":
         return Backend("torch", "SCAN_BACKEND=torch" if forced else f"no kernel for {device.type}")
     kernel, reason = load(best)
-    if kernel is None and forced:
-        raise RuntimeError(f"SCAN_BACKEND={forced} has no kernel: {reason}")
+    if kernel is None and forced == best:
+        raise ValueError(f"SCAN_BACKEND={forced} has no kernel: {reason}")
     return Backend("torch" if kernel is None else best, reason)
 
 
@@ -571,10 +572,10 @@ def scan(a: torch.Tensor, x: torch.Tensor, reset: torch.Tensor | None = None, n_
     Returns h (B, T, D) in x's type, differentiable in a, x and h0. Raises ValueError or TypeError.
     """
     check(a, x, reset, n_reverse, h0)
+    work = torch.promote_types(x.dtype, torch.float32)
+    h0 = None if h0 is None else h0.to(work).contiguous()
     if x.shape[1] == 1:             # one step of decoding: the loop is faster than any machinery
-        return scan_loop(a, x, reset, n_reverse, h0).to(x.dtype)
-    if h0 is not None:
-        h0 = h0.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        return scan_loop(a.to(work), x.to(work), reset, n_reverse, h0).to(x.dtype)
     return torch.ops.birdie.scan(a, x, reset, n_reverse, h0)
 
 

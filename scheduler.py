@@ -45,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Block, Layout, ModelConfig, RMSNorm
+from model import Block, Layout, ModelConfig
 
 MIXTURES = ("ntp", "ul2", "fixed", "uniform", "birdie", "birdie-causal")
 
@@ -157,15 +157,15 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind: str, focus: 
 
 
 class RewardModel(nn.Module):
-    """(losses, action) at each evaluation so far -> the reward of every arm at the next (A.1.5)."""
+    """(losses, action) at each evaluation so far -> every arm's reward at the next (A.1.5), or its cube root."""
 
     def __init__(self, n_arms: int):
         super().__init__()
         self.config = ModelConfig(d_model=256, d_state=256, n_layer=4, block_size=64, causal=True, conv_width=0)
-        self.norms = nn.ModuleList([RMSNorm(n_arms), RMSNorm(n_arms)])
+        self.norms = nn.ModuleList([nn.RMSNorm(n_arms, eps=1e-6) for _ in range(2)])
         self.W_in = nn.Linear(2 * n_arms, 256)
         self.blocks = nn.ModuleList(Block(self.config, layer) for layer in range(self.config.n_layer))
-        self.norm = RMSNorm(256)
+        self.norm = nn.RMSNorm(256, eps=1e-6)
         self.W_reward = nn.Linear(256, n_arms)
 
     def forward(self, losses, actions, states=None):
@@ -184,12 +184,12 @@ class Birdie:
     """The bandit. Deterministic: the same seed, losses and steps give the same actions."""
 
     def __init__(self, arms: Sequence, max_steps: int, seed: int = 0, focus: str = "", proposals: str = "hierarchical",
-                 root: bool = True, n_proposals: int = 2048, n_best: int = 8, train_steps: int = 200, lr: float = 1e-3):
+                 root: bool = True, train_steps: int = 200):
         classes = sorted({arm.cls for arm in arms})
         if focus and focus not in classes:
             raise ValueError(f"focus {focus!r} is no class; choose one of {', '.join(classes)}, or none")
         self.arms, self.seed, self.focus, self.proposals, self.root = arms, seed, focus, proposals, root
-        self.n_proposals, self.n_best, self.train_steps = n_proposals, n_best, train_steps
+        self.train_steps = train_steps
         self.first_choice = round(250 * max_steps / 32000)     # uniform until then (A.1)
         self.weights = class_weights(arms)
         self.action, self.predicted = np.full(len(arms), 1 / len(arms)), None
@@ -197,8 +197,7 @@ class Birdie:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = RewardModel(len(arms))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         self.errors = []                                       # mean squared error after each update
 
     def update(self, step: int, losses: np.ndarray) -> None:
@@ -234,7 +233,7 @@ class Birdie:
     def choose(self):
         """-> (the mean of the best proposals, the total reward predicted for it)."""
         rng = np.random.default_rng([self.seed, len(self.losses)])
-        proposals = propose(self.arms, self.n_proposals, rng, self.proposals, self.focus)
+        proposals = propose(self.arms, 2048, rng, self.proposals, self.focus)
         losses, actions = self.history()
         _, states = self.model(losses[:, :-1], actions)
         weights = torch.tensor(self.weights, dtype=torch.float32)
@@ -245,7 +244,7 @@ class Birdie:
             candidates = torch.tensor(candidates, dtype=torch.float32)[:, None]
             return self.model(losses[:, -1:].expand(n, 1, -1), candidates, grown)[0][:, 0]
 
-        best = (predict(proposals) @ weights).topk(self.n_best).indices.numpy()
+        best = (predict(proposals) @ weights).topk(8).indices.numpy()
         action = proposals[best].mean(0)
         action /= action.sum()
         return action, float((predict(action[None]) ** (3 if self.root else 1)) @ weights)
@@ -293,22 +292,15 @@ class World:
     """
     roles = ("useless", "useless", "saturates", "saturates", "teacher", "teacher", "hard", "hard")
 
-    def __init__(self, seed: int, per_class: int = 4):
+    def __init__(self, seed: int):
         self.rng = rng = np.random.default_rng([7, seed])
         role = rng.permutation(self.roles)
-        self.arms = [SimulatedArm(f"{role[c]}-{c}-{k}", f"{role[c]}-{c}") for c in range(8) for k in range(per_class)]
-        self.role = np.repeat(role, per_class)
-        n = len(self.arms)
-        speed = {"useless": 0, "saturates": 12, "teacher": 3, "hard": 1}
-        self.teaches = np.zeros((n, n))                      # [by training on, skill gained in]
-        of_class = np.repeat(np.arange(8), per_class)
-        pupils = dict(zip(np.flatnonzero(role == "teacher"), np.flatnonzero(role == "hard")))
-        for k in range(n):
-            mine = of_class == of_class[k]
-            self.teaches[k, mine] = speed[self.role[k]] / per_class
-            if of_class[k] in pupils:
-                self.teaches[k, of_class == pupils[of_class[k]]] = 3 / per_class
-        self.teaches *= rng.uniform(0.5, 2, (n, 1))
+        self.arms = [SimulatedArm(f"{role[c]}-{c}-{k}", f"{role[c]}-{c}") for c in range(8) for k in range(4)]
+        self.role, n = np.repeat(role, 4), len(self.arms)
+        speed = {"useless": 0.0, "saturates": 12.0, "teacher": 3.0, "hard": 1.0}
+        gain = np.diag([speed[r] for r in role])             # [by training on a class, skill gained in a class]
+        gain[role == "teacher", role == "hard"] = 3          # each teacher has its pupil
+        self.teaches = np.kron(gain, np.full((4, 4), 1 / 4)) * rng.uniform(0.5, 2, (n, 1))      # the same by arms
         self.floor, self.fall = rng.uniform(0.3, 1, n), np.where(self.role == "hard", 4.0, 1.5) * rng.uniform(0.7, 1.3, n)
         self.skill = np.zeros(n)
 
@@ -380,9 +372,9 @@ def table(n: int):
     """The bandit against others over n simulated worlds, a process a core."""
     print(f"{'total loss after the run':34s}{'mean':>7s}{'std':>7s}  beats uniform in")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        uniform = np.array(list(pool.map(run_way, ["uniform"] * n, range(n))))
         for way in WAYS:
             totals = np.array(list(pool.map(run_way, [way] * n, range(n))))
+            uniform = totals if way == "uniform" else uniform
             print(f"{way:34s}{totals.mean():7.2f}{totals.std():7.2f}  {(totals < uniform).sum():3d} of {n}", flush=True)
 
 
@@ -395,11 +387,10 @@ def plot(log: str):
     except ImportError:
         raise SystemExit("error: the picture needs matplotlib; pip install matplotlib")
     try:
-        file = open(log)
-    except OSError as error:
-        raise SystemExit(f"error: {log} cannot be read ({error.strerror}); name the log.jsonl of a run")
-    with file:
-        head, *lines = [json.loads(line) for line in file]
+        with open(log) as file:
+            head, *lines = [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {log} cannot be read ({error}); name the log.jsonl of a run")
     evaluations = [line for line in lines if "eval" in line]
     steps = [line["step"] for line in evaluations]
     classes = [name.split("-")[0] for name in head["arms"]]
@@ -421,7 +412,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             main()
-        case ["table", n]:
+        case ["table", n] if n.isdigit() and int(n) > 0:
             table(int(n))
         case ["plot", log]:
             plot(log)

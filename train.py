@@ -247,26 +247,29 @@ def save_checkpoint(path, checkpoint):
     os.replace(path + ".part", path)
 
 
-def load_checkpoint(path):
-    """The saved dict, plain tensors, numbers and strings. Raises ValueError or FileNotFoundError."""
+def load_checkpoint(path, *also):
+    """The saved dict, plain tensors, numbers and strings; `also` names what else it must hold.
+    Raises ValueError or FileNotFoundError."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir={os.path.dirname(path)}")
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir={os.path.dirname(path) or '.'}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "model", "optimizer", "scheduler", "step", "data", "losses", "tokenizer"} - set(checkpoint)
+        missing = {"config", "model", "step", "tokenizer", *also} - set(checkpoint)
+        unknown = set(checkpoint.get("config", ())) - {field.name for field in fields(Config)}
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of this program")
+    if missing or unknown:
+        what = f"lacks {', '.join(sorted(missing))}" if missing else f"has settings unknown here, {', '.join(sorted(unknown))}"
+        raise ValueError(f"{path} {what}; it is not a checkpoint of this version: choose another, or train anew")
     return checkpoint
 
 
-def load_model(path, device="cpu"):
-    """-> (model, tokenizer, checkpoint) of a run, for whoever decodes or fine-tunes it."""
+def load_model(path):
+    """-> (model on the CPU, tokenizer, checkpoint) of a run, for whoever decodes or fine-tunes it."""
     checkpoint = load_checkpoint(path)
     tok = Tokenizer(**checkpoint["tokenizer"])
-    model = LM(model_config(Config(**checkpoint["config"]), tok)).to(device)
+    model = LM(model_config(Config(**checkpoint["config"]), tok))
     model.load_state_dict(checkpoint["model"])
     return model, tok, checkpoint
 
@@ -296,6 +299,20 @@ def autocast(config):
     if config.dtype == "float32":
         return nullcontext()
     return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16)
+
+
+def learn(model, optimizer, batch, lr, config):
+    """One step of AdamW on a batch -> its loss, and the norm of the gradient before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    tokens, reset, targets = (batch[key].to(config.device, non_blocking=True) for key in ("tokens", "reset", "targets"))
+    with autocast(config):
+        _, loss = model(tokens, reset, targets)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach(), norm
 
 
 def learning_rate(step, config):
@@ -361,7 +378,7 @@ class Evaluation:
 def train(config, given=()):
     """The whole run, into config.out_dir; `given` names the fields that the command line set."""
     path = os.path.join(config.out_dir, "ckpt.pt")
-    checkpoint = load_checkpoint(path) if config.resume else None
+    checkpoint = load_checkpoint(path, "optimizer", "scheduler", "data", "losses") if config.resume else None
     if checkpoint:
         config = resumed(config, given, checkpoint["config"])
     elif os.path.exists(path):
@@ -434,15 +451,7 @@ def train(config, given=()):
         if end is None:
             break
         for step, batch in enumerate(loader.steps(begin, end, scheduler.action), begin):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            rows = {key: value.to(config.device, non_blocking=True) for key, value in batch.items()}
-            with autocast(config):
-                _, loss = step_model(rows["tokens"], rows["reset"], rows["targets"])
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss, norm = learn(step_model, optimizer, batch, learning_rate(step, config), config)
             seen += batch["tokens"].numel()
             bar.update()
             if (step + 1) % 10 == 0:

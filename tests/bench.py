@@ -1,4 +1,4 @@
-"""Speed of the model, as the README reports it: training by length of row, decoding by length of prompt, and
+"""Speed of the model, as assets/measurements.md reports it: training by length of row, decoding by length of prompt, and
 nanoGPT's model beside it when a checkout of it is at hand.
 
     python tests/bench.py [--threads=4] [--compile] [--nanogpt=FOLDER]

@@ -145,6 +145,9 @@ def test_generate_stops_and_samples_as_asked():
     for prompts in ([], [([1, 2], [])]):
         with pytest.raises(ValueError, match="GEN"):
             model.generate(prompts, 5)
+    for wrong in (dict(temperature=-1.0), dict(temperature=1.0, top_k=0)):
+        with pytest.raises(ValueError, match="must not be below 0, nor top_k"):
+            model.generate([([1], [49])], 5, **wrong)
 
 
 # ---- the equations, as plain loops in float64 ----

@@ -302,7 +302,7 @@ def test_an_id_without_text_is_shown_as_such():
     tok = Tokenizer("bytes", 8)
     ranks = {bytes([i]): i + (i > 100) for i in range(256)}             # like cl100k_base, skips an id
     tok._encoding = objectives.tiktoken.Encoding("gap", pat_str=".", mergeable_ranks=ranks, special_tokens={})
-    assert tok.decode([tok.GEN, 101, tok.DONE, 100]) == "<GEN><?><DONE>d"
+    assert tok.decode([tok.GEN, 101, tok.DONE, 100, 101, 100]) == "<GEN><?><DONE>d<?>d"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ that training never shows, one command that goes on where it stopped.   python -
 import json
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -131,6 +132,13 @@ def test_rows_are_filled_to_the_last_token_and_never_over():
     assert made.config.block_size - 10 <= full <= made.config.block_size
 
 
+def test_no_book_is_longer_than_the_bound_even_of_names_that_cost_most_at_the_start_of_a_line(monkeypatch):
+    bound = Books(TOK, config(block_size=4096)).longest(8, 1)
+    for name, names, space in (("FIRST", FIRST, ""), ("LAST", LAST, " ")):
+        monkeypatch.setattr(pb, name, [max(names, key=lambda name: len(TOK.encode(space + name)))] * 8)
+    assert all(sum(len(TOK.encode(text)) for text in a_book(seed, 8, 1)) + 1 <= bound for seed in range(20))
+
+
 def test_a_book_that_may_not_fit_is_refused_before_training():
     bound = Books(TOK, config(block_size=4096)).longest(12, 4)
     sizes = [sum(len(TOK.encode(text)) for text in a_book(seed, 12, 4)) + 1 for seed in range(300)]
@@ -215,9 +223,19 @@ def test_what_is_fine_tuned_is_not_lost_and_scored_again_gives_the_same(run, cap
     assert json.loads(before)["results"] == json.loads(after)["results"]
     assert json.loads(before)["curve"] == json.loads(after)["curve"]
     assert "Phonebook:" in capsys.readouterr().out
-    main(flags(**{**TINY, "max_steps": 9, "lr": 0.5}, out_dir=run, resume=True))        # says how it was fine-tuned, not how not
+
+
+def test_scoring_again_keeps_how_it_was_fine_tuned_and_refuses_what_contradicts_it(run):
+    was = json.loads(open(f"{run}/phonebook.json").read())["config"]
+    main(flags(out_dir=run, resume=True, test_books=4))         # nothing of today's preset
     again = json.loads(open(f"{run}/phonebook.json").read())["config"]
-    assert again == json.loads(after)["config"] and again["max_steps"] == 2
+    assert again == {**was, "test_books": 4, "resume": True, "device": "", "workers": again["workers"]}
+    for flag, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5)):
+        with pytest.raises(SystemExit, match=f"{flag} is .* on the command line; drop --{flag}"):
+            main(flags(out_dir=run, resume=True, **{flag: value}))
+    with pytest.raises(SystemExit, match="there is no .*phonebook.pt to score again; drop --resume"):
+        main(flags(out_dir=f"{run}/elsewhere", resume=True))
+    main(flags(out_dir=run, resume=True, test_books=was["test_books"]))       # as it was, for the other tests
 
 
 def test_answers_are_written_freely_from_what_was_written_before():
@@ -296,8 +314,8 @@ def test_figure_1_runs_what_is_missing_keeps_what_is_there_and_names_what_failed
         calls.append([os.path.basename(command[1]), *command[2:]])
         fails = "ntp" in out_dir and len(calls) < 5
         stdout.write("first line\nerror: no luck\n" if fails else "")
-        with open(os.path.join(out_dir, "ckpt.pt" if "train.py" in command[1] else "phonebook.json"), "w") as file:
-            file.write(open(f"{run}/phonebook.json").read())
+        shutil.copy(f"{run}/phonebook.json", f"{out_dir}/new")
+        os.replace(f"{out_dir}/new", os.path.join(out_dir, "ckpt.pt" if "train.py" in command[1] else "phonebook.json"))
         return subprocess.CompletedProcess(command, int(fails))
 
     monkeypatch.setattr(pb, "plot", lambda found, picture: None)

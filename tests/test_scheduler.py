@@ -2,6 +2,9 @@
 that learns from its history.   python -m pytest tests/test_scheduler.py"""
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from objectives import CLASSES, arms
 from scheduler import (MIXTURES, Birdie, FixedMixture, World, class_weights, evaluation_steps, make_scheduler, propose,
                        reward)
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVERY = arms(2048)
 nan, inf = math.nan, math.inf
 
@@ -194,6 +198,13 @@ def test_in_a_simulated_world_the_bandit_beats_uniform_and_a_search_beats_the_ba
 def test_the_demonstration_runs(capsys):
     scheduler.main(n_evaluations=3)
     assert "total loss at the end" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["table", "x"], ["plot", "README.md"]])
+def test_a_wrong_command_ends_in_one_line(wrong):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    found = subprocess.run([sys.executable, "scheduler.py", *wrong], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
 
 
 def test_the_plot_is_drawn_from_a_log(tmp_path):

@@ -282,7 +282,7 @@ BAD = [
     (dict(n_layers=3), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="/dev/null/out"), "--out_dir"),
     (dict(out_dir="taken"), "--resume"), (dict(out_dir="nothing", resume=True), "--out_dir"),
     (dict(out_dir="cut", resume=True), "damaged"), (dict(out_dir="hostile", resume=True), "damaged"),
-    (dict(out_dir="other", resume=True), "not a checkpoint"),
+    (dict(out_dir="other", resume=True), "not a checkpoint"), (dict(out_dir="newer", resume=True), "unknown here, flavour"),
 ]
 
 
@@ -295,7 +295,7 @@ class Hostile:
 def bad_inputs(tmp_path_factory, finished):
     """A folder of files that are wrong, each in its own way."""
     here = tmp_path_factory.mktemp("bad")
-    for folder in ("emptydir", "nanogpt", "oddgpt", "taken", "cut", "hostile", "other"):
+    for folder in ("emptydir", "nanogpt", "oddgpt", "taken", "cut", "hostile", "other", "newer"):
         (here / folder).mkdir()
     (here / "empty.txt").write_text("")
     (here / "short.txt").write_text("a")
@@ -310,6 +310,8 @@ def bad_inputs(tmp_path_factory, finished):
     (here / "cut" / "ckpt.pt").write_bytes(good[:len(good) // 2])
     torch.save({"config": Hostile()}, here / "hostile" / "ckpt.pt")
     torch.save({"weights": 1}, here / "other" / "ckpt.pt")
+    newer = torch.load(os.path.join(finished, "ckpt.pt"), weights_only=True)
+    torch.save({**newer, "config": {**newer["config"], "flavour": 1}}, here / "newer" / "ckpt.pt")
     return here
 
 
