@@ -241,7 +241,8 @@ def test_without_a_build_it_falls_back_and_says_why_in_one_line(tmp_path, enviro
     free, forced = start(tmp_path, **environment), start(tmp_path, SCAN_BACKEND="cpp", **environment)
     out, err = free.communicate(timeout=60)
     assert out.startswith("torch"), out + err
-    assert err.count("scan: no cpp kernel") == 1 and len(err.strip().splitlines()) == 1, err
+    ours = [line for line in err.splitlines() if "No CUDA runtime" not in line]         # a CUDA build's, where there is no GPU
+    assert len(ours) == 1 and ours[0].startswith("scan: no cpp kernel"), err
     out, err = forced.communicate(timeout=60)
     assert forced.returncode != 0 and "SCAN_BACKEND=cpp has no kernel" in err, out + err
 
