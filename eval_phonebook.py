@@ -491,22 +491,23 @@ def plot(found: list, picture: str) -> None:
         return
     archs = list(dict.fromkeys(run["arch"] for run in found))
     panels = [("curve", "step")] + [("results", "n_numbers")] * any(len(run["results"]) > 1 for run in found)
-    _, axes = plt.subplots(len(archs), len(panels), figsize=(7 * len(panels), 4 * len(archs)), layout="constrained", squeeze=False)
+    _, axes = plt.subplots(len(panels), len(archs), figsize=(1 + 5 * len(archs), 4 * len(panels)), layout="constrained",
+                           squeeze=False, sharey=True)
     for (arch, mixture), runs in by_arm(found).items():
-        for axis, (series, x) in zip(axes[archs.index(arch)], panels):
+        for axis, (series, x) in zip(axes[:, archs.index(arch)], panels):
             values = np.array([[point["digits"] for point in run[series]] for run in runs])
             at, color = [point[x] for point in runs[0][series]], f"C{list(MIXTURES).index(mixture)}"
             axis.plot(at, values.mean(0), marker="o" if x == "n_numbers" else None, color=color,
                       label=f"{MIXTURES[mixture]} ({len(runs)} seed{'s' * (len(runs) > 1)})")
             axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.2)
-    for arch, row in zip(archs, axes):
-        row[0].set(title=f"{arch}: 1 number, 128 books", xlabel="fine-tuning step", ylabel="digits right")
-        if len(row) > 1:
-            row[1].set(title=f"{arch}: after fine-tuning", xlabel="numbers asked for", xticks=N_NUMBERS)
-        for axis in row:
+    for (_, x), row in zip(panels, axes):
+        row[0].set(ylabel="digits right", ylim=(0, 1.02))
+        for arch, axis in zip(archs, row):
             axis.axhline(0.1, color="gray", linestyle=":", label="chance")
-            axis.set_ylim(0, 1.02)
-        row[0].legend(fontsize=8)
+            axis.set(title=arch, xlabel="fine-tuning step (1 number, 128 books)" if x == "step" else "numbers asked for")
+            if x == "n_numbers":
+                axis.set_xticks(N_NUMBERS)
+            axis.legend(fontsize=8)
     plt.savefig(picture, dpi=110)
     print(f"wrote {picture}")
 

@@ -396,11 +396,14 @@ def plot(log: str):
     classes = [name.split("-")[0] for name in head["arms"]]
     _, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for axis, key, title in zip(axes, ("loss", "accuracy", "action"), (
-            "validation loss (nats a token)", "greedy accuracy", "probability of the class until the next evaluation")):
+            "validation loss (nats a token)", "greedy accuracy", "share of the samples until the next evaluation")):
         values = np.array([line["eval"][key] for line in evaluations])               # (evaluations, arms)
-        for cls in dict.fromkeys(classes):
-            mine = values[:, [c == cls for c in classes]]
-            axis.plot(steps, mine.sum(1) if key == "action" else mine.mean(1), label=cls)
+        of_class = {cls: values[:, [c == cls for c in classes]] for cls in dict.fromkeys(classes)}
+        if key == "action":
+            axis.stackplot(steps, [mine.sum(1) for mine in of_class.values()], step="post")
+        else:
+            for cls, mine in of_class.items():
+                axis.plot(steps, mine.mean(1), label=cls)
         axis.set(title=title, xlabel="training step")
     axes[0].legend(fontsize=8)
     picture = log.replace(".jsonl", "") + ".png"
