@@ -217,7 +217,7 @@ def interval(share: float, n: int) -> list:
 
 
 def score(respond, books: list) -> dict:
-    """Shares of right digits and exact numbers, with their 95% intervals.
+    """Shares of right digits and exact numbers, with their 95% intervals; by_place: of each of a number's ten digits.
 
     respond(prompts, n): answers to prompts that ask for n numbers each. books: [(prompt, answer)], n numbers each.
     """
@@ -226,7 +226,7 @@ def score(respond, books: list) -> dict:
     right = np.array([digits_right(answer, label) for answer, (_, label) in zip(answers, books)])   # (books, n, 10)
     digits, exact = float(right.mean()), float(right.all(-1).mean())
     return dict(n_numbers=n_numbers, books=len(books), digits=digits, digits_interval=interval(digits, len(books)),
-                exact=exact, exact_interval=interval(exact, len(books)))
+                by_place=right.mean((0, 1)).tolist(), exact=exact, exact_interval=interval(exact, len(books)))
 
 
 def responder(model: LM, tok: Tokenizer, run: train.Config, rows: int = 64):

@@ -164,6 +164,13 @@ def test_random_answers_score_10_percent():
     assert abs(result["digits"] - 0.1) < 0.01 and result["exact"] == 0
 
 
+def test_an_answer_right_in_its_first_group_alone_shows_by_place():
+    """What a model does that finds the entry and cannot copy on."""
+    result = score(lambda prompts, n: [", ".join(number[:3] for number in read_book([prompt], n)[0].split(", ")) for prompt in prompts],
+                   books(1, 20))
+    assert result["by_place"] == [1] * 3 + [0] * 7 and abs(result["digits"] - 0.3) < 1e-9 and result["exact"] == 0
+
+
 def test_the_first_entry_every_time_scores_one_in_n_entries():
     """It is right in 1/8 of the books, and by chance in 1/10 of the digits of the others."""
     result = score(lambda prompts, n: [entries_of(prompt)[0][1] for prompt in prompts], books(1, 2000))
