@@ -9,15 +9,15 @@ chance is 10%. An exact number has all of its ten digits right.
 
 Symbols: a book has entries, a name and a number each; B rows of T tokens are a batch; a row holds as many books as fit.
 
-Run it:  python eval_phonebook.py --out_dir=out       fine-tune and score out/ckpt.pt; out/phonebook.json says how it went
+Run it:  python eval_phonebook.py --out_dir=out       fine-tune and score out/ckpt.pt -> out/phonebook.json
          python eval_phonebook.py book                one book, its question and its answer
          python eval_phonebook.py figure1             the comparison from nothing: pretrain, fine-tune, score, plot
          python eval_phonebook.py figure1 --only='gated_ssm-birdie-?,gated_ssm-ntp-?'    some of its runs
          python eval_phonebook.py --help              every setting
 
-Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate to small models
-(`paper` has the paper's own, and longer rows, which our tokens need); the names. A name and a number that stand together in a test book never do in a training
-book: the checksum of the entry says to which side it belongs.
+Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate to small models (`paper`
+has the paper's own, and longer rows, which our tokens need); the names. A name and a number that stand together in a test
+book never do in a training book: the checksum of the entry says to which side it belongs.
 """
 import fnmatch
 import json
@@ -101,7 +101,7 @@ class Config:
     ckpt: str = ""                 # checkpoint of train.py to fine-tune; "": ckpt.pt in out_dir
     scratch: str = ""              # instead of a checkpoint, random weights of this architecture: no pretraining
     causal: bool = False           # with --scratch: no block reads the prefix right to left
-    preset: str = ""               # what is left at 0 comes from here: cpu, gpu or paper; "": gpu if there is one, else cpu
+    preset: str = ""               # for what is left at 0: cpu, gpu or paper; "": gpu if there is one, else cpu
     entries_min: int = 0           # entries of a book in fine-tuning, drawn uniformly
     entries_max: int = 0
     numbers_max: int = 0           # numbers asked for: 1 to this many, drawn uniformly
@@ -120,7 +120,8 @@ class Config:
     resume: bool = False           # score out_dir/phonebook.pt again; test_... may say on what
 
 
-RESCORED = {"out_dir", "device", "workers", "resume", "test_entries_min", "test_entries_max", "test_books"}  # --resume may change
+# What --resume may change
+RESCORED = {"out_dir", "device", "workers", "resume", "test_entries_min", "test_entries_max", "test_books"}
 
 
 # ---- books -----------------------------------------------------------------------------------------
@@ -262,7 +263,8 @@ def completed(config: Config) -> Config:
         if getattr(config, name) == getattr(Config, name):
             setattr(config, name, value)
     if config.causal and not config.scratch:
-        raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop --causal: a checkpoint knows what it is")
+        raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop --causal: a checkpoint knows "
+                         "what it is")
     config.ckpt = config.ckpt or os.path.join(config.out_dir, "ckpt.pt")
     for name in ("entries_min", "numbers_max", "test_entries_min", "test_books", "max_steps", "batch_size"):
         if getattr(config, name) < 1:
@@ -312,7 +314,8 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
     first 50 steps, and falls to 0 over the last share `cooldown` of them. -> the curve, 20 points of step, mean loss
     since the last, and share of digits right on 128 test books."""
     books, held_out, curve, losses = Books(tok, config), test_books(config, 1, 128), [], []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=0.0,
+                                  fused=True)
     step_model = torch.compile(model) if run.compile == "yes" else model
     batches = Loader(books, config.seed, workers=config.workers).steps(0, config.max_steps, None)
     bar = tqdm(batches, "fine-tuning", config.max_steps, unit="step")
@@ -336,8 +339,9 @@ def evaluate(config: Config, given: set) -> dict:
     train.keep_freed_memory()
     model.to(run.device)
     print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, pretraining: {run.mixture}")
-    print(f"books    preset {config.preset}: {config.entries_min} to {config.entries_max} entries, up to {config.numbers_max} numbers asked; "
-          f"tests: {config.test_books} books of {config.test_entries_min} to {config.test_entries_max} entries")
+    print(f"books    preset {config.preset}: {config.entries_min} to {config.entries_max} entries, up to "
+          f"{config.numbers_max} numbers asked; tests: {config.test_books} books of {config.test_entries_min} to "
+          f"{config.test_entries_max} entries")
     os.makedirs(config.out_dir, exist_ok=True)
     curve = checkpoint["curve"] if config.resume else finetune(model, tok, run, config)
     if not config.resume:
@@ -349,8 +353,9 @@ def evaluate(config: Config, given: set) -> dict:
         if n <= min(config.numbers_max, config.test_entries_min):
             result = score(respond, test_books(config, n, config.test_books))
             results.append(result)
-            print(f"{n:3d} number{'s' * (n > 1)}: {result['digits']:.1%} of digits right (95% interval "
-                  f"{' to '.join(f'{x:.1%}' for x in result['digits_interval'])}; chance 10%), {result['exact']:.1%} of numbers exact")
+            low, high = result["digits_interval"]
+            print(f"{n:3d} number{'s' * (n > 1)}: {result['digits']:.1%} of digits right (95% interval {low:.1%} to {high:.1%}; "
+                  f"chance 10%), {result['exact']:.1%} of numbers exact")
     show_example(respond, *test_books(config, results[-1]["n_numbers"], 1)[0])
     found = dict(config=asdict(config), pretraining=asdict(pretraining), parameters=model.n_parameters(), results=results,
                  curve=curve, seconds=round(time.perf_counter() - begin), torch=torch.__version__)
@@ -365,7 +370,8 @@ def evaluate(config: Config, given: set) -> dict:
 MIXTURES = {                                                                # and how the picture calls them
     "birdie": "Birdie", "birdie-causal": "Birdie, causal", "fixed": "fixed mixture", "ul2": "UL2",
     "ntp": "next token prediction", "none": "no pretraining", "none-causal": "no pretraining, causal"}
-RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, seed in (     # in the order in which they run
+# In the order in which they run
+RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, seed in (
     *((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
       for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal")),
     *((arch, mixture, 1) for arch in ("gated_ssm", "hawk") for mixture in ("fixed", "ul2")),
@@ -481,7 +487,7 @@ def show_table(found: list) -> None:
 
 
 def plot(found: list, picture: str) -> None:
-    """Figure 1: digit accuracy by numbers asked for, and on the way there; lines are means, bands reach over the seeds."""
+    """Figure 1: digit accuracy by numbers asked for, and on the way there; lines: means, bands: over the seeds."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -504,9 +510,9 @@ def plot(found: list, picture: str) -> None:
         row[0].set(ylabel="digits right", ylim=(0, 1.02))
         for arch, axis in zip(archs, row):
             axis.axhline(0.1, color="gray", linestyle=":", label="chance")
-            axis.set(title=arch, xlabel="fine-tuning step (1 number, 128 books)" if x == "step" else "numbers asked for")
+            axis.set(title=arch, xlabel="fine-tuning step (1 number, 128 books)")
             if x == "n_numbers":
-                axis.set_xticks(N_NUMBERS)
+                axis.set(xlabel="numbers asked for", xticks=N_NUMBERS)
             axis.legend(fontsize=8)
     plt.savefig(picture, dpi=110)
     print(f"wrote {picture}")

@@ -15,8 +15,8 @@ u the normalised input of a block, h the recurrence's state, f, a gates that for
 
 A row holds packed samples, each `prefix, GEN, label` (section 3.1). In a bidirectional block the second
 half of the N channels scans right to left over the prefix; blocks 0, 2, 4 ... are bidirectional, the others
-causal (every Transformer block sees the prefix both ways), at a causal model's parameters and cost. `reset` (B, T) says where samples
-begin and which tokens are causal; `Layout` turns it into what the blocks need.
+causal (every Transformer block sees the prefix both ways), at a causal model's parameters and cost. `reset` (B, T) says
+where samples begin and which tokens are causal; `Layout` turns it into what the blocks need.
 
 Run it:  python model.py            parameters, shapes, and which input each output can see
          python model.py --ckpt=out/ckpt.pt --prompt='def main'             a trained model goes on

@@ -237,10 +237,10 @@ class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
     data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
-    'stdlib' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that numpy
-    brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once, into the folder
-    birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of each
-    split. Unusable data: ValueError or FileNotFoundError with one line.
+    'stdlib' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that
+    numpy brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once,
+    into the folder birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of
+    each split. Unusable data: ValueError or FileNotFoundError with one line.
     """
 
     def __init__(self, data: str, tok: Tokenizer):

@@ -28,9 +28,9 @@ Run it:  python scheduler.py                       the bandit in a simulated wor
          python scheduler.py table 100             the bandit against others in 100 such worlds
          python scheduler.py plot out/log.jsonl    figure 5 of a run: loss, accuracy and probability
 
-Departures, ours: proposals can reach the corners and have a focus (see `propose`); the reward model learns the cube root of R,
-as R goes with dL^3: a loss that falls by 1% earns an eight-thousandth of what 20% does, and is lost beside it;
-the printed sign of dL is turned, so that improvement is rewarded.
+Departures, ours: proposals can reach the corners and have a focus (see `propose`); the reward model learns the cube
+root of R, as R goes with dL^3: a loss that falls by 1% earns an eight-thousandth of what 20% does, and is lost beside
+it; the printed sign of dL is turned, so that improvement is rewarded.
 """
 import json
 import math
@@ -197,7 +197,8 @@ class Birdie:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = RewardModel(len(arms))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                                           fused=True)
         self.errors = []                                       # mean squared error after each update
 
     def update(self, step: int, losses: np.ndarray) -> None:
@@ -301,7 +302,8 @@ class World:
         gain = np.diag([speed[r] for r in role])             # [by training on a class, skill gained in a class]
         gain[role == "teacher", role == "hard"] = 3          # each teacher has its pupil
         self.teaches = np.kron(gain, np.full((4, 4), 1 / 4)) * rng.uniform(0.5, 2, (n, 1))      # the same by arms
-        self.floor, self.fall = rng.uniform(0.3, 1, n), np.where(self.role == "hard", 4.0, 1.5) * rng.uniform(0.7, 1.3, n)
+        self.floor = rng.uniform(0.3, 1, n)
+        self.fall = np.where(self.role == "hard", 4.0, 1.5) * rng.uniform(0.7, 1.3, n)
         self.skill = np.zeros(n)
 
     def losses(self, noise: float = 0.003):

@@ -48,10 +48,12 @@ from scheduler import class_weights, evaluation_steps, make_scheduler, reward
 # numbers are such that the parameters are alike. cpu leads to a model that looks things up in a phone book
 # (eval_phonebook.py), text is for prose and code. 1.4b is the paper's (table 7; its learning rate is ours):
 # its batch is for many GPUs; on one of 80 GB pass --recompute and a --batch_size that fits.
-SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4, block_size=128, eval_rows=4)
+SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4), d_model=192, d_state=384, n_head=4, block_size=128,
+             eval_rows=4)
 LARGE = dict(block_size=2048, data="stdlib", beta2=0.95, eval_rows=1)
 PRESETS = {
-    "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=8000, lr=2e-3, beta2=0.99),
+    "cpu": dict(**SMALL, data="tables", focus="selective_copying", memory=1024, batch_size=16, max_steps=8000, lr=2e-3,
+                beta2=0.99),
     "text": dict(**SMALL, data="stdlib", batch_size=32, max_steps=4000, lr=3e-3, beta2=0.95),
     "gpu": dict(**LARGE, n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512, d_state=1024, n_head=8,
                 batch_size=32, max_steps=8000, lr=1e-3),
@@ -68,14 +70,14 @@ class Config:
     data: str = ""                 # text file, folder, glob, .jsonl, nanoGPT folder, stdlib or tables; "": the preset's
     tokenizer: str = "bpe2048"     # bpe2048 (in assets/), bytes, a tiktoken name, or a .tiktoken file
     mixture: str = "birdie"        # which objectives: birdie, birdie-causal, ntp, ul2, fixed or uniform
-    focus: str = ""                # a class that has half of the samples in the bandit's proposals, on average, or none; "": the preset's
-    preset: str = ""               # what is left at 0 or "" comes from here: cpu, text, gpu, 110m or 1.4b; "": cpu or gpu
+    focus: str = ""                # a class that has half of the bandit's proposals on average, or none; "": the preset's
+    preset: str = ""               # for what is left at 0 or "": cpu, text, gpu, 110m or 1.4b; "": cpu or gpu
     arch: str = "gated_ssm"        # gated_ssm, hawk or transformer
     causal: bool = False           # no block reads the prefix right to left
     n_layer: int = 0
     d_model: int = 0
     d_state: int = 0               # channels of the recurrence
-    memory: int = 0                # the Gated SSM's longest memory at initialisation, in tokens; 0: the preset's, or block_size
+    memory: int = 0                # the Gated SSM's longest memory at first, in tokens; 0: the preset's, or block_size
     n_head: int = 0                # of the Transformer
     block_size: int = 0            # tokens in a row
     batch_size: int = 0            # rows in a step
@@ -260,8 +262,8 @@ def load_checkpoint(path, *also):
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); "
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
     if missing or unknown:
-        what = f"lacks {', '.join(sorted(missing))}" if missing else f"has settings unknown here, {', '.join(sorted(unknown))}"
-        raise ValueError(f"{path} {what}; it is not a checkpoint of this version: choose another, or train anew")
+        what = "lacks" if missing else "has settings unknown here,"
+        raise ValueError(f"{path} {what} {', '.join(sorted(missing or unknown))}; it is not a checkpoint of this version: choose another, or train anew")
     return checkpoint
 
 
