@@ -18,9 +18,11 @@ Departures from the paper, ours: sizes for one GPU or a laptop; the learning rat
 """
 import argparse
 import ctypes
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -100,14 +102,14 @@ class Config:
 # ---- what the command line and the machine decide ---------------------------------------------------
 
 def parse_args(cls, argv):
-    """A flat dataclass as flags -> (instance, names of the fields that were given)."""
+    """A flat dataclass as flags, explained by its comments -> (instance, names of the fields that were given)."""
+    meaning = dict(re.findall(r"^    (\w+): .*# (.*)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     for field in fields(cls):
-        if field.type in (bool, "bool"):
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(f"--{field.name}", type=type(field.default), metavar=repr(field.default))
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(
+            type=type(field.default), metavar=repr(field.default))
+        parser.add_argument(f"--{field.name}", **kind, help=meaning.get(field.name))
     given = vars(parser.parse_args(argv))
     return cls(**given), set(given)
 
@@ -145,7 +147,7 @@ def sized(config):
 def resolve(config):
     """Fill in what was left open, and print each choice with its reason."""
     if config.device:
-        reason = "asked for"
+        reason = "as given"
     else:
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
         reason = "found one" if config.device == "cuda" else "torch finds no CUDA device"
@@ -158,7 +160,7 @@ def resolve(config):
                          f"device; pass --device=cpu")
     print(f"device   {config.device}: {reason}" + ("" if on_gpu else f", {torch.get_num_threads()} threads"))
 
-    reason = "asked for"
+    reason = "as given"
     if not config.dtype and on_gpu:
         config.dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         reason = "what this GPU multiplies fastest"
@@ -173,12 +175,12 @@ def resolve(config):
     if config.mixture in ("ntp", "birdie-causal") and not config.causal:
         config.causal = True      # without prefixes, channels that run right to left would remember nothing
         print(f"causal   yes: {config.mixture} has no use for reading both ways")
-    reason = "asked for" if config.preset else "the default with a GPU" if on_gpu else "the default without a GPU"
+    reason = "as given" if config.preset else "the default with a GPU" if on_gpu else "the default without a GPU"
     config.preset = config.preset or ("gpu" if on_gpu else "cpu")
     sized(config)
     print(f"preset   {config.preset}: {reason}; data {config.data}, focus {config.focus or 'none'}")
 
-    reason = "asked for"
+    reason = "as given"
     if not config.compile and config.max_steps * config.batch_size * config.block_size < 2_000_000:
         config.compile, reason = "no", "the run is over before it pays"
     elif not config.compile and not (find_spec("triton") if on_gpu else shutil.which(cpp_extension.get_cxx_compiler())):
@@ -263,7 +265,8 @@ def load_checkpoint(path, *also):
                          f"it is damaged or from another program: remove it, or choose another --out_dir")
     if missing or unknown:
         what = "lacks" if missing else "has settings unknown here,"
-        raise ValueError(f"{path} {what} {', '.join(sorted(missing or unknown))}; it is not a checkpoint of this version: choose another, or train anew")
+        raise ValueError(f"{path} {what} {', '.join(sorted(missing or unknown))}; it is not a checkpoint of this version: "
+                         f"choose another, or train anew")
     return checkpoint
 
 
@@ -369,7 +372,7 @@ class Evaluation:
         total += "" if predicted is None or self.observed is None else f" (predicted {predicted:+.2f})"
         losses, change, accuracy, rewards = (by_class(values, self.arms) for values in (
             self.losses, self.change, self.accuracy, self.rewards))
-        lines = [f"step {self.step:,}: mean loss {np.mean(list(losses.values())):.3f}{total}; next:"]
+        lines = [f"step {self.step:,}: mean loss {np.mean(list(losses.values())):.3f}{total}"]
         for cls, loss in losses.items():
             share = sum(p for p, arm in zip(action, self.arms) if arm.cls == cls)
             lines.append(f"  {cls:24s} {'#' * round(40 * share):20.20s} {share:4.0%}  loss {loss:5.2f} {change[cls]:+.2f}"

@@ -266,6 +266,13 @@ def test_every_architecture_and_mixture_trains_and_shows_a_sample_of_each_class(
     assert np.mean(evals[-1]["loss"]) < np.mean(evals[0]["loss"])
 
 
+def test_help_says_what_every_flag_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--batch_size 0 rows in a step" in shown and "--resume, --no-resume go on from out_dir/ckpt.pt" in shown
+
+
 # ---- bad input: one line that names the remedy, an exit code, and nothing written ----
 
 BAD = [
