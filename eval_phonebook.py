@@ -287,7 +287,7 @@ def as_finetuned(config: Config, given: set) -> Config:
     path = os.path.join(config.out_dir, "phonebook.pt")
     if not os.path.exists(path):
         raise ValueError(f"there is no {path} to score again; drop --resume to fine-tune first")
-    saved = train.load_checkpoint(path, "finetuning")["finetuning"]
+    saved = train.load_checkpoint(path, "finetuning", "pretrained")["finetuning"]
     for name in sorted(given - RESCORED):
         if getattr(config, name) != saved[name]:
             raise ValueError(f"{name} is {saved[name]!r} in {path} and {getattr(config, name)!r} on the command line; drop "
@@ -297,16 +297,17 @@ def as_finetuned(config: Config, given: set) -> Config:
 
 
 def load(config: Config):
-    """-> (model on the CPU, tokenizer, train.Config of its pretraining, checkpoint)."""
+    """-> (model on the CPU, tokenizer, train.Config of its pretraining, how many of its steps were done, checkpoint)."""
     if config.scratch and not config.resume:
         pretraining = train.sized(train.Config(arch=config.scratch, causal=config.causal, mixture="none",
                                                preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
-        return LM(train.model_config(pretraining, tok)), tok, pretraining, {}
+        return LM(train.model_config(pretraining, tok)), tok, pretraining, 0, {}
     path = os.path.join(config.out_dir, "phonebook.pt") if config.resume else config.ckpt
     model, tok, checkpoint = train.load_model(path)
-    return model, tok, train.Config(**checkpoint["config"]), checkpoint
+    pretrained = checkpoint.get("pretrained", checkpoint["step"])         # "pretrained": of a fine-tuned one
+    return model, tok, train.Config(**checkpoint["config"]), pretrained, checkpoint
 
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
@@ -333,12 +334,14 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
 def evaluate(config: Config, given: set) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json. given: names of the flags that were set."""
     begin, config = time.perf_counter(), completed(as_finetuned(config, given) if config.resume else config)
-    model, tok, pretraining, checkpoint = load(config)
+    model, tok, pretraining, pretrained, checkpoint = load(config)
     run = train.resolve(replace(pretraining, device=config.device, dtype="", compile="", batch_size=config.batch_size,
                                 block_size=config.block_size, max_steps=config.max_steps, lr=config.lr))
     train.keep_freed_memory()
     model.to(run.device)
-    print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, pretraining: {run.mixture}")
+    steps = f", {pretrained:,} of {pretraining.max_steps:,} steps" * (pretraining.mixture != "none")
+    print(f"model    {run.arch}{' --causal' * run.causal}, {model.n_parameters():,} parameters, pretraining: "
+          f"{run.mixture}{steps}")
     print(f"books    preset {config.preset}: {config.entries_min} to {config.entries_max} entries, up to "
           f"{config.numbers_max} numbers asked; tests: {config.test_books} books of {config.test_entries_min} to "
           f"{config.test_entries_max} entries")
@@ -347,7 +350,7 @@ def evaluate(config: Config, given: set) -> dict:
     if not config.resume:
         train.save_checkpoint(os.path.join(config.out_dir, "phonebook.pt"), dict(
             config=asdict(pretraining), tokenizer=dict(name=tok.name, n_masks=tok.n_masks), model=model.state_dict(),
-            step=config.max_steps, curve=curve, finetuning=asdict(config)))
+            step=config.max_steps, curve=curve, pretrained=pretrained, finetuning=asdict(config)))
     respond, results = responder(model, tok, run), []
     for n in N_NUMBERS:
         if n <= min(config.numbers_max, config.test_entries_min):
@@ -357,8 +360,8 @@ def evaluate(config: Config, given: set) -> dict:
             print(f"{n:3d} number{'s' * (n > 1)}: {result['digits']:.1%} of digits right (95% interval {low:.1%} to {high:.1%}; "
                   f"chance 10%), {result['exact']:.1%} of numbers exact")
     show_example(respond, *test_books(config, results[-1]["n_numbers"], 1)[0])
-    found = dict(config=asdict(config), pretraining=asdict(pretraining), parameters=model.n_parameters(), results=results,
-                 curve=curve, seconds=round(time.perf_counter() - begin), torch=torch.__version__)
+    found = dict(config=asdict(config), pretraining=asdict(pretraining), pretrained=pretrained, parameters=model.n_parameters(),
+                 results=results, curve=curve, seconds=round(time.perf_counter() - begin), torch=torch.__version__)
     with open(os.path.join(config.out_dir, "phonebook.json.part"), "w") as file:
         json.dump(found, file, indent=1)
     os.replace(file.name, os.path.join(config.out_dir, "phonebook.json"))

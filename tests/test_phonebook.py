@@ -232,6 +232,16 @@ def test_what_is_fine_tuned_is_not_lost_and_scored_again_gives_the_same(run, cap
     assert "Phonebook:" in capsys.readouterr().out
 
 
+def test_a_pretraining_that_is_not_over_shows_so(run, tmp_path, capsys):
+    for step in (3, 4):                                         # of 4; scored again, the fine-tuned one knows it too
+        checkpoint = {**train.load_checkpoint(f"{run}/ckpt.pt"), "step": step}
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        for again in (False, True):
+            main(flags(**TINY, ckpt=tmp_path / "ckpt.pt", out_dir=tmp_path / str(step), **({"resume": True} if again else {})))
+            assert f"pretraining: fixed, {step} of 4 steps" in capsys.readouterr().out
+            assert json.loads((tmp_path / str(step) / "phonebook.json").read_text())["pretrained"] == step
+
+
 def test_scoring_again_keeps_how_it_was_fine_tuned_and_refuses_what_contradicts_it(run):
     was = json.loads(open(f"{run}/phonebook.json").read())["config"]
     main(flags(out_dir=run, resume=True, test_books=4))         # nothing of today's preset
