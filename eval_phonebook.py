@@ -500,23 +500,24 @@ def plot(found: list, picture: str) -> None:
         return
     archs = list(dict.fromkeys(run["arch"] for run in found))
     panels = [("curve", "step")] + [("results", "n_numbers")] * any(len(run["results"]) > 1 for run in found)
-    _, axes = plt.subplots(len(panels), len(archs), figsize=(1 + 5 * len(archs), 4 * len(panels)), layout="constrained",
-                           squeeze=False, sharey=True)
+    figure, axes = plt.subplots(len(panels), len(archs), figsize=(3 + 4 * len(archs), 4 * len(panels)),
+                                layout="constrained", squeeze=False, sharey=True)
+    lines = {}
     for (arch, mixture), runs in by_arm(found).items():
         for axis, (series, x) in zip(axes[:, archs.index(arch)], panels):
             values = np.array([[point["digits"] for point in run[series]] for run in runs])
             at, color = [point[x] for point in runs[0][series]], f"C{list(MIXTURES).index(mixture)}"
-            axis.plot(at, values.mean(0), marker="o" if x == "n_numbers" else None, color=color,
-                      label=f"{MIXTURES[mixture]} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+            lines[mixture], = axis.plot(at, values.mean(0), marker="o" if x == "n_numbers" else None, color=color)
             axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.2)
     for (_, x), row in zip(panels, axes):
         row[0].set(ylabel="digits right", ylim=(0, 1.02))
         for arch, axis in zip(archs, row):
-            axis.axhline(0.1, color="gray", linestyle=":", label="chance")
+            chance = axis.axhline(0.1, color="gray", linestyle=":")
             axis.set(title=arch, xlabel="fine-tuning step (1 number, 128 books)")
             if x == "n_numbers":
                 axis.set(xlabel="numbers asked for", xticks=N_NUMBERS)
-            axis.legend(fontsize=8)
+    named = {name: lines[mixture] for mixture, name in MIXTURES.items() if mixture in lines} | {"chance": chance}
+    figure.legend(named.values(), named.keys(), loc="outside right upper")
     plt.savefig(picture, dpi=110)
     print(f"wrote {picture}")
 
