@@ -103,9 +103,9 @@ class Config:
     causal: bool = False           # with --scratch: no block reads the prefix right to left
     preset: str = ""               # for what is left at 0: cpu, gpu or paper; "": gpu if there is one, else cpu
     entries_min: int = 0           # entries of a book in fine-tuning, drawn uniformly
-    entries_max: int = 0
+    entries_max: int = 0           # the most that one may have
     numbers_max: int = 0           # numbers asked for: 1 to this many, drawn uniformly
-    test_entries_min: int = 0
+    test_entries_min: int = 0      # entries of a test book, drawn uniformly
     test_entries_max: int = 0
     test_books: int = 0            # for each of 1, 2, 4, 8, 16 and 32 numbers up to numbers_max
     max_steps: int = 0             # of fine-tuning
@@ -376,8 +376,8 @@ MIXTURES = {                                                                # an
 # In the order in which they run
 RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, seed in (
     *((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
-      for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal")),
-    *((arch, mixture, 1) for arch in ("gated_ssm", "hawk") for mixture in ("fixed", "ul2")),
+      for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal", "fixed")),
+    *((arch, "ul2", 1) for arch in ("gated_ssm", "hawk")),
     *(("transformer", mixture, 1) for mixture in ("birdie", "ntp")))}
 
 
