@@ -297,17 +297,16 @@ def as_finetuned(config: Config, given: set) -> Config:
 
 
 def load(config: Config):
-    """-> (model on the CPU, tokenizer, train.Config of its pretraining, how many of its steps were done, checkpoint)."""
+    """-> (model on the CPU, tokenizer, train.Config of its pretraining, checkpoint)."""
     if config.scratch and not config.resume:
         pretraining = train.sized(train.Config(arch=config.scratch, causal=config.causal, mixture="none",
                                                preset=PRETRAINING[config.preset], seed=config.seed))
         tok = Tokenizer(pretraining.tokenizer, n_masks=pretraining.block_size // 8)
         torch.manual_seed(config.seed)
-        return LM(train.model_config(pretraining, tok)), tok, pretraining, 0, {}
+        return LM(train.model_config(pretraining, tok)), tok, pretraining, {}
     path = os.path.join(config.out_dir, "phonebook.pt") if config.resume else config.ckpt
     model, tok, checkpoint = train.load_model(path)
-    pretrained = checkpoint.get("pretrained", checkpoint["step"])         # "pretrained": of a fine-tuned one
-    return model, tok, train.Config(**checkpoint["config"]), pretrained, checkpoint
+    return model, tok, train.Config(**checkpoint["config"]), checkpoint
 
 
 def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> list:
@@ -334,7 +333,8 @@ def finetune(model: LM, tok: Tokenizer, run: train.Config, config: Config) -> li
 def evaluate(config: Config, given: set) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json. given: names of the flags that were set."""
     begin, config = time.perf_counter(), completed(as_finetuned(config, given) if config.resume else config)
-    model, tok, pretraining, pretrained, checkpoint = load(config)
+    model, tok, pretraining, checkpoint = load(config)
+    pretrained = checkpoint.get("pretrained", checkpoint.get("step", 0))      # steps; a fine-tuned one has both
     run = train.resolve(replace(pretraining, device=config.device, dtype="", compile="", batch_size=config.batch_size,
                                 block_size=config.block_size, max_steps=config.max_steps, lr=config.lr))
     train.keep_freed_memory()
