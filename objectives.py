@@ -3,84 +3,82 @@
     a sample:  tokens  = prefix + [GEN] + label[:-1]       len(prefix) + len(label) positions;
                targets = -100 * len(prefix) + label        causal from GEN on
 
-    class                     prefix -> label (section 3.2, A.2, A.5)                         arms
+    class                     prefix -> label (section 3.2, A.2, A.5; table 1)                arms
     next_token_prediction     nothing -> the text                                                1
     prefix_lm                 the first three quarters of the text -> its rest                   1
     selective_copying         what stands around 1-4 spans, and a context -> the spans          16
     copying                   text -> text                                                       2
     deshuffling               text with half or all of its tokens moved -> text                  4
-    infilling                 text with numbered masks for spans -> mask, span, mask, ...       36
+    infilling                 text with numbered masks for spans -> mask, span, mask, span ...  36
     autoencoding              text with masks for spans -> the whole text                       18
     autoencoding_deshuffling  the same, what is left between the masks shuffled -> the text     18
 
-Symbols: B rows of T tokens are a batch; an arm is one configuration of one class (96 at T = 2048); an
+Symbols: B rows of T tokens are a batch; an arm is one configuration of one class (96 in all); an
 action is a probability for every arm; n is a number of tokens of text.
 
-    python objectives.py    a sentence through all eight classes, one packed row, then the packing's speed
+Run it:  python objectives.py    a sentence through every class, one packed row, packing's speed
 
-Our choices, where the paper is silent:
-- Every label but next token prediction's ends with DONE, so greedy decoding knows where to stop.
-- Next token prediction fills its row, giving way down to T/8 to a sample that shares it. Prefix LM takes
-  T/4 tokens and more, split at three quarters, as in UL2.
-- Selective copying asks its questions in random order; a delimiter grows until it has one answer.
-- A shuffle is one random cycle: every token that is to move does move.
-- A batch draws its arms by systematic sampling (see Batches), so that rows fill without a bias.
+Our choices, where the paper is silent or we differ
+    labels      all but next token prediction's end with DONE, so that decoding knows when to stop;
+                infilling's are mask, span, where the paper writes span, mask
+    paradigm    one token names the class; UL2's kinds of infilling share it (UL2 has R, X, S)
+    lengths     scale with T / 2048; next token prediction fills what is left of its row, at least
+                T / 8; prefix LM is split at three quarters, as in UL2
+    selective   a delimiter is lengthened until its question has exactly one answer; what questions
+    copying     take beyond the usual is cut off the ends of the context; the spans are at most half
+                of it, so at T = 128 a span has 4 to 24 tokens, not 4 to 32
+    a shuffle   is one random cycle: every token that is to move does move
 """
-import glob
+import contextlib
 import hashlib
+import importlib.metadata
 import itertools
 import json
+import math
 import os
-import shutil
+import signal
 import sysconfig
 import tempfile
 import time
 import zlib
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import tiktoken
 import tiktoken.load
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-RESET_FORWARD, RESET_REVERSE = 1, 2  # bits of `reset`; scan.py reads them (section A.4)
-IGNORE = -100                        # a target without loss
-
-# Table 1: class, lengths at T = 2048, options; every combination is an arm.
-_MASKED = dict(masked=(15, 85), mean_span=(3, 8, 32))
-CONFIGURATIONS = (
-    ("next_token_prediction", ((256, 2048),), {}),
-    ("prefix_lm", ((512, 2048),), {}),
-    ("selective_copying", ((384, 768), (768, 1536)),
-     dict(n_spans=(1, 2, 3, 4), query=("before", "after"))),
-    ("copying", ((64, 256), (256, 1014)), {}),
-    ("deshuffling", ((128, 256), (512, 1024)), dict(shuffled=(50, 100))),
-    ("infilling", ((128, 256), (256, 512), (512, 1024), (1024, 2048)),
-     dict(masked=(5, 15, 50), mean_span=(3, 8, 32))),
-    ("autoencoding", ((192, 384), (384, 768), (768, 1536)), _MASKED),
-    ("autoencoding_deshuffling", ((192, 384), (384, 768), (768, 1536)), _MASKED),
-)
-CLASSES = tuple(cls for cls, _, _ in CONFIGURATIONS)
+RESET_FORWARD, RESET_REVERSE = 1, 2     # bits of `reset`, which model.py reads (section A.4)
+IGNORE = -100                           # a target without loss
 
 
-# ---------------------------------------------------------------------------------------- tokens
+# ---- text to tokens ----------------------------------------------------------------------------
+
+# GPT-2's pattern, but a digit is always its own token: numbers are copied digit by digit
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+BPE2048 = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe2048.tiktoken")
+
+
 class Tokenizer:
     """Text to token ids and back; special tokens have the ids above those of text.
 
-    name: 'bpe2048' (2,048 tokens of Python source and English, in assets/), 'bytes' (256), a tiktoken
-    encoding such as 'gpt2' (downloaded once) or the path of a .tiktoken file. n_masks: numbered masks
-    for infilling; T // 8 is enough, see `n_masked`.
-    These two rebuild it. NUL is kept; a lone surrogate, which no encoding can write, becomes U+FFFD;
-    any other text survives encoding and decoding exactly. Unusable names: ValueError.
+    name: bpe2048 (2,048 tokens of Python source and English, in assets/), bytes (256), an
+    encoding of tiktoken's such as gpt2 (downloaded once) or the path of a .tiktoken file;
+    unusable ones raise ValueError. n_masks: numbered masks for infilling; T // 8 is enough, see
+    `n_masked`. A lone surrogate, which cannot be written, becomes U+FFFD; any other text survives
+    exactly.
     """
 
     def __init__(self, name: str = "bpe2048", n_masks: int = 256):
-        self.name, self.n_masks, self._encoding = name, n_masks, _encoding(name)
-        self.n_text, self.fingerprint = self._encoding.n_vocab, self._encoding.name
+        self.name, self.n_masks, self.encoding = name, n_masks, find_encoding(name)
+        self.n_text, self.fingerprint = self.encoding.n_vocab, self.encoding.name
         names = ["PAD", "GEN", "DONE", "END_OF_TEXT", "COPY", "START", "END", "CONTEXT", "MASK"]
         (self.PAD, self.GEN, self.DONE, self.END_OF_TEXT, self.COPY, self.START, self.END,
          self.CONTEXT, self.MASK) = range(self.n_text, self.n_text + len(names))
@@ -94,361 +92,339 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """(n,) int64. What looks like a special token is text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def decode(self, ids) -> str:
-        """Special tokens are shown by name, such as <GEN>; the few ids that some encodings skip, as <?>."""
-        def written(i):
-            try:
-                return self.special_names[i - self.n_text].encode() if i >= self.n_text else (
-                    self._encoding.decode_single_token_bytes(i))
-            except KeyError:
-                return b"<?>"
-        return b"".join(map(written, np.asarray(ids).tolist())).decode("utf-8", "replace")
+        """Special tokens are shown by name, such as <GEN>."""
+        written = []
+        for i in np.asarray(ids).tolist():
+            if i >= self.n_text:
+                written.append(self.special_names[i - self.n_text].encode())
+            else:
+                with contextlib.suppress(KeyError):         # cl100k_base has ids without text
+                    written.append(self.encoding.decode_single_token_bytes(i))
+        return b"".join(written).decode("utf-8", "replace")
 
 
-# GPT-2's pattern, but a digit is always its own token: numbers are copied digit by digit. Our choice.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-def _encoding(name: str) -> tiktoken.Encoding:
+def find_encoding(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", special_tokens={},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if name in tiktoken.list_encoding_names():
         try:
             return tiktoken.get_encoding(name)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"tokenizer {name!r} could not be downloaded ({type(e).__name__}): pass "
-                             "--tokenizer bpe2048 or a .tiktoken file, or try again with a network") from None
-    if name == "bpe2048":
-        name = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "bpe2048.tiktoken")
-    if not os.path.isfile(name):
-        raise ValueError(f"tokenizer {name!r} is neither 'bpe2048' nor 'bytes', nor a .tiktoken file, nor one of "
-                         f'{", ".join(tiktoken.list_encoding_names())}: pass one of these')
-    digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()  # or tiktoken may read an old copy
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {name!r} cannot be downloaded ({type(error).__name__}); "
+                             f"pass --tokenizer=bpe2048, or a .tiktoken file") from None
+    path = BPE2048 if name == "bpe2048" else name
+    if not os.path.isfile(path):
+        raise ValueError(f"tokenizer {name!r} is unknown; pass bpe2048, bytes, a .tiktoken file or "
+                         f"one of {', '.join(tiktoken.list_encoding_names())}")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()    # or an old copy may be read
     try:
-        ranks = tiktoken.load.load_tiktoken_bpe(name, digest)
+        ranks = tiktoken.load.load_tiktoken_bpe(path, digest)
     except ValueError:
         ranks = {}
-    if sum(len(token) == 1 for token in ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{name} is no .tiktoken file: it must have a token in base64, a space and a rank "
-                         "on each line, all 256 single bytes among them, and ranks 0, 1, 2... once each")
-    return tiktoken.Encoding(f"file-{digest}", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    all_bytes = sum(len(token) == 1 for token in ranks) == 256
+    if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path} is no .tiktoken file: it needs a token in base64 and its rank on "
+                         f"each line, all 256 single bytes, and ranks 0, 1, 2 ... once each")
+    return tiktoken.Encoding(f"file-{digest}", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={})
 
 
-# ---------------------------------------------------------------------------------------- corpus
-CHUNK = 1 << 17  # characters tokenised at once: bounded memory, whatever the file
-FORMAT = 2       # of the cached tokens: raise it when they change
+# ---- text --------------------------------------------------------------------------------------
+
+CHUNK = 1 << 17     # characters of a piece of text
 NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+# What requirements.txt brings, in a fixed order, so that equal versions give equal text
+PACKAGES = """numpy tqdm tiktoken regex requests urllib3 certifi charset-normalizer idna pytest
+    pluggy iniconfig packaging pygments torch sympy mpmath networkx jinja2 markupsafe fsspec
+    filelock typing_extensions setuptools""".split()
+PACKAGE_TEXT = {".py", ".pyi", ".h", ".hpp", ".csv", ".md", ".txt", ".rst", ".json"}
 
 
-def _files(data: str) -> list[Path]:
-    path = Path(data).expanduser()
-    if data == "tables":
-        path = Path(np.__file__).parent
-        files = list(path.rglob("*.csv"))
-    elif data == "stdlib":
-        path = Path(sysconfig.get_paths()["stdlib"])
-        files = [f for f in path.rglob("*.py") if not NO_SOURCE & set(f.relative_to(path).parts)]
-    elif path.is_dir():  # hidden files and folders are left out
-        files = [f for f in path.rglob("*") if not any(p[0] == "." for p in f.relative_to(path).parts)]
-    else:
-        files = [path] if path.is_file() else [Path(f) for f in glob.glob(str(path), recursive=True)]
-    files = sorted(f for f in files if f.is_file())
-    if not files:
-        raise FileNotFoundError(f"no file at {str(path)!r}: --data takes a text file, a folder, a glob in quotes, a "
-                                ".jsonl file, 'tables' for numpy's tables, or 'stdlib' for Python's standard library")
+def package_files() -> list[Path]:
+    """The text of what pip installed beside us."""
+    files = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.distribution(name).files or []
+            kept = [f for f in found if f.suffix in PACKAGE_TEXT or f.name == "RECORD"]
+            files += [Path(f.locate()) for f in sorted(kept, key=str)]
     return files
 
 
-def _pieces(path: Path):
-    """(whether a document begins here, text) through a file."""
-    remedy = "or pass a glob in quotes that leaves it out"
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            first = True
-            while path.suffix != ".jsonl" and (piece := f.read(CHUNK) + f.readline(CHUNK)):
-                yield first, piece
-                first = False
-            for number, line in enumerate(f, 1):
-                try:
-                    text = json.loads(line)["text"] if line.strip() else ""
-                    pieces = [(i == 0, text[i:i + CHUNK] + "") for i in range(0, len(text), CHUNK)]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, '
-                                     f"{remedy}") from None
-                yield from pieces
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason}): convert it, {remedy}") from None
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read ({e.strerror}): change that, {remedy}") from None
+def find_files(data: str) -> list[Path]:
+    path = Path(data).expanduser()
+    if data == "packages":
+        files = package_files()
+    elif data == "tables":
+        files = sorted(Path(np.__file__).parent.rglob("*.csv"))
+    elif data == "stdlib":
+        path = Path(sysconfig.get_paths()["stdlib"])
+        files = [f for f in sorted(path.rglob("*.py"))
+                 if not NO_SOURCE & set(f.relative_to(path).parts)]
+    else:                               # of a folder, hidden files and folders are left out
+        files = [path] if path.is_file() else [
+            f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path).as_posix()}"]
+    files = [f for f in files if f.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
+            f"folder, tables (numpy's), stdlib (Python's) or packages (what pip installed)")
+    return files
 
 
-def _tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> None:
-    """Writes train.bin and val.bin: documents, END_OF_TEXT before each.
+def pieces(path: Path):
+    """(does a document begin here, text): a file's chunks, or the `text` of its JSON lines."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        first = True
+        while path.suffix != ".jsonl" and (piece := file.read(CHUNK) + file.readline(CHUNK)):
+            yield first, piece
+            first = False
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"] + "" if line.strip() else ""
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, or '
+                                 f"pass --data without this file") from None
+            if text:
+                yield True, text
 
-    Validation is the 5% of documents whose first piece hashes to it, so copies stay on one side. With few
-    or uneven documents that may be under 1% or over 20%; then it is the last 5% of all tokens instead.
+
+def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> None:
+    """Write train.bin and val.bin: documents, END_OF_TEXT before each.
+
+    Validation is the twentieth of the pieces whose text hashes to it, so that copies stay on one
+    side. Where few or uneven pieces make that under 1% or over 20%, it is the last of all tokens.
     """
-    train, val = folder / "train.bin", folder / "val.bin"
-    with open(train, "wb") as f_train, open(val, "wb") as f_val:
-        for first, piece in itertools.chain.from_iterable(map(_pieces, files)):
-            ids = tok.encode(piece)
-            if first:
-                out = f_train if zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 20 else f_val
-                ids = np.append(tok.END_OF_TEXT, ids)
-            out.write(ids.astype(dtype).tobytes())
-    width = np.dtype(dtype).itemsize
-    n_val = val.stat().st_size // width
-    n = n_val + train.stat().st_size // width
+    def readable():
+        for path in files:
+            try:
+                yield from pieces(path)
+            except UnicodeDecodeError:
+                print(f"text     {path} is not UTF-8 text: left out")
+            bar.update(path.stat().st_size)
+
+    size = sum(path.stat().st_size for path in files)
+    bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=size < 10_000_000)
+    text, paths = readable(), (folder / "train.bin", folder / "val.bin")
+    with open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor() as pool:
+        while ahead := list(itertools.islice(text, 4 * (os.cpu_count() or 1))):
+            encoded = pool.map(tok.encode, [piece for _, piece in ahead])
+            for (first, piece), ids in zip(ahead, encoded):
+                in_train = zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 20
+                ids = np.append(tok.END_OF_TEXT, ids) if first else ids
+                (train if in_train else val).write(ids.astype(dtype).tobytes())
+    bar.close()
+    n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
+    n = n_train + n_val
     if n < 2:
-        raise ValueError(f"no text in {files[0]} and {len(files) - 1} other files: pass other --data")
+        raise ValueError(f"no text in {files[0]} or {len(files) - 1} more files; pass other --data")
     if not 0.01 * n < n_val < 0.2 * n:
-        with open(train, "r+b") as f_train, open(val, "r+b") as f_val:
-            f_train.seek(0, os.SEEK_END)
-            shutil.copyfileobj(f_val, f_train)
-            cut = (n - max(1, n // 20)) * width
-            f_train.seek(cut)
-            f_val.seek(0)
-            shutil.copyfileobj(f_train, f_val)
-            f_val.truncate()
-            f_train.truncate(cut)
+        ids = np.concatenate([np.fromfile(path, dtype) for path in paths])
+        ids[:n - max(1, n // 20)].tofile(paths[0])
+        ids[n - max(1, n // 20):].tofile(paths[1])
 
 
 @lru_cache
-def _open(path: str, dtype: str) -> np.memmap:
+def mapped(path: str, dtype: str) -> np.memmap:
     return np.memmap(path, dtype, "r")  # each process maps the file; no token is sent to a worker
-
-
-def _check_nanogpt(path: Path, tok: Tokenizer) -> None:
-    n_bytes = path.stat().st_size if path.is_file() else 0
-    if not n_bytes or n_bytes % 2:
-        raise ValueError(f"{path} is missing, empty or not whole uint16 numbers ({n_bytes} bytes): "
-                         "prepare it again")
-    ids = _open(str(path), "uint16")
-    top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
-    if top >= tok.n_text:
-        raise ValueError(f"{path} holds token {top}, but tokenizer {tok.name!r} ends at {tok.n_text - 1}: "
-                         "pass the one it was prepared with, such as --tokenizer gpt2")
 
 
 class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
-    data: text file, folder, glob, .jsonl with a `text` on each line, nanoGPT folder (train.bin, val.bin),
-    'stdlib' for the source of Python's standard library, or 'tables' for the tables of hexadecimal numbers that
-    numpy brings for its own tests: what stands there cannot be guessed, only looked up. Text is tokenised once,
-    into the folder birdie of $XDG_CACHE_HOME or ~/.cache; processes may do so at the same time. size: tokens of
-    each split. Unusable data: ValueError or FileNotFoundError with one line.
+    data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
+    (train.bin and val.bin, uint16), tables (the hexadecimal numbers that numpy brings for its own
+    tests: what stands there cannot be guessed, only looked up), stdlib (Python's source) or
+    packages (the text of what pip installed beside us). Text is tokenised once, into nanoGPT's
+    format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache. size: tokens of each split.
+    Unusable data raise ValueError or FileNotFoundError.
     """
 
     def __init__(self, data: str, tok: Tokenizer):
         folder, self.dtype = Path(data).expanduser(), "uint16"
-        if (folder / "train.bin").is_file():
-            _check_nanogpt(folder / "train.bin", tok)
-            _check_nanogpt(folder / "val.bin", tok)
-        else:
+        if not (folder / "train.bin").is_file():
             self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
-            folder = self._cached(_files(data), tok)
+            folder = self.cached(find_files(data), tok)
         self.paths = {split: str(folder / f"{split}.bin") for split in ("train", "val")}
-        self.size = {split: len(_open(path, self.dtype)) for split, path in self.paths.items()}
+        self.size = {split: self.check(path, tok) for split, path in self.paths.items()}
 
-    def _cached(self, files: list[Path], tok: Tokenizer) -> Path:
+    def check(self, path: str, tok: Tokenizer) -> int:
+        """The number of tokens in a file of them."""
+        n_bytes = os.path.getsize(path) if os.path.exists(path) else 0
+        if not n_bytes or n_bytes % np.dtype(self.dtype).itemsize:
+            raise ValueError(f"{path} is missing, empty or not {self.dtype}; prepare it again")
+        ids = mapped(path, self.dtype)
+        top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
+        if top > tok.END_OF_TEXT:
+            raise ValueError(f"{path} holds token {top}, and {tok.name} has {tok.n_text} tokens; "
+                             f"pass the --tokenizer that made it, such as gpt2")
+        return len(ids)
+
+    def cached(self, files: list[Path], tok: Tokenizer) -> Path:
+        """The folder of tokens of these files, made if it is not there yet."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "birdie"
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = json.dumps([FORMAT, tok.fingerprint, stats]).encode("utf-8", "replace")
+        key = json.dumps([tok.fingerprint, stats]).encode("utf-8", "replace")
         folder = cache / hashlib.sha256(key).hexdigest()[:24]
         try:
             if not folder.is_dir():
                 cache.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
-                    _tokenise(files, tok, Path(temp), self.dtype)
-                    os.replace(temp, folder)  # all or nothing
-        except OSError as e:
-            if not folder.is_dir():           # else another process was faster
-                raise ValueError(f"tokens cannot be written to {cache} ({e.strerror}): free some space, or "
-                                 "set XDG_CACHE_HOME to another folder") from None
+                    tokenise(files, tok, Path(temp), self.dtype)
+                    os.replace(temp, folder)            # all or nothing
+        except OSError as error:
+            if not folder.is_dir():                     # else another process was faster
+                raise ValueError(f"{error.filename or cache} cannot be used ({error.strerror}); "
+                                 f"change that, or set XDG_CACHE_HOME to another folder") from None
         return folder
 
     def window(self, split: str, start: int, n: int) -> np.ndarray:
         """n tokens from `start` on, (n,) int64."""
-        return _open(self.paths[split], self.dtype)[start:start + n].astype(np.int64)
+        return mapped(self.paths[split], self.dtype)[start:start + n].astype(np.int64)
 
 
-# ------------------------------------------------------------------------------------------ arms
-MIN_BLOCK, MIN_TEXT = 64, 8  # shorter rows and texts hold too little to learn from: our choice
-SPAN = 4, 32                 # selective copying: tokens of a span (section 3.2)
-DELIMITER, GROWN = 8, 16     # 1-8 tokens are drawn; a start delimiter may grow to 16: our choice
+# ---- the objectives: (text, rng, tok, its options) -> prefix, label ----------------------------
+# text is (n,) token ids. Beside each: the positions of a row that such a sample takes, at most.
+# The paradigm token and the last DONE are added, and counted, by make_sample and positions.
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One configuration of one class. An option that its class does not use is an error."""
-    cls: str
-    shortest: int       # tokens of text; in selective copying, of the context
-    longest: int
-    masked: int = 0     # percent
-    mean_span: int = 0  # tokens behind one mask
-    shuffled: int = 0   # percent
-    n_spans: int = 0    # questions of selective copying
-    query: str = ""     # 'before' or 'after' the context
-
-    def __post_init__(self):
-        options = {cls: options for cls, _, options in CONFIGURATIONS}[self.cls]
-        for option in ("masked", "mean_span", "shuffled", "n_spans", "query"):
-            if bool(getattr(self, option)) != (option in options):
-                raise ValueError(f"{self.cls} with {option}={getattr(self, option)!r}: it needs "
-                                 f'{" and ".join(options) or "no options"}')
-
-    @property
-    def name(self) -> str:
-        if self.cls == "next_token_prediction":
-            return self.cls
-        options = (self.masked and f"{self.masked}%-span{self.mean_span}", self.shuffled and f"{self.shuffled}%",
-                   self.n_spans and f"{self.n_spans}spans-{self.query}")
-        return "-".join([self.cls, f"{self.shortest}-{self.longest}", *filter(None, options)])
-
-    @property
-    def n_done(self) -> int:
-        """How many DONE are in a label, the last one at its end; a decoder stops at this many."""
-        return self.n_spans or int(self.cls != "next_token_prediction")
-
-    @property
-    def longest_span(self) -> int:
-        return min(SPAN[1], self.shortest // (2 * self.n_spans))  # at most half of the context: our choice
-
-    @property
-    def room(self) -> int:
-        """Tokens that make_sample takes beyond n: by how much usual delimiters and spans of selective
-        copying exceed the shortest. 0 for other classes."""
-        return self.n_spans and self.n_spans * (11 + (self.longest_span - SPAN[0]) // 2)
-
-
-def n_masked(arm: Arm, n: int) -> tuple[int, int]:
-    """Masked tokens and the number of spans they form: the fraction masked wins over the mean span.
-
-    s > 1 numbered masks of mean span 3 need masked >= 3s - 1, so (at 50%) n >= 6s - 2, and their sample
-    n + 2s + 2 >= 8s positions. As that is at most T, T // 8 numbered masks are enough.
-    """
-    masked = max(1, n * arm.masked // 100)
-    return masked, max(1, round(masked / arm.mean_span))
-
-
-def positions(arm: Arm, n: int) -> int:
-    """Tokens of a row that a sample of length n takes, at most: len(prefix) + len(label)."""
-    if arm.cls == "next_token_prediction":
-        return n
-    if arm.cls == "prefix_lm":
-        return n + 2                   # the paradigm token and DONE
-    if arm.cls in ("copying", "deshuffling"):
-        return 2 * n + 2
-    if arm.cls == "selective_copying":  # COPY, CONTEXT; per span START, END, DONE, delimiters, span
-        return n + arm.room + 3 + arm.n_spans * (3 + 2 + SPAN[0])
-    masked, n_spans = n_masked(arm, n)
-    return n + 2 * n_spans + 2 if arm.cls == "infilling" else 2 * n - masked + n_spans + 2
-
-
-@lru_cache
-def arms(block_size: int) -> tuple[Arm, ...]:
-    """All arms for rows of block_size tokens: 96 at 2048, where lengths are the paper's; they scale.
-
-    A longest text that does not fit is clipped (names show it); an arm without room is dropped, which
-    is printed once.
-    """
-    if block_size < MIN_BLOCK:
-        raise ValueError(f"block_size {block_size} has no room for every class: pass --block_size "
-                         f"{MIN_BLOCK} or more")
-    kept, dropped = [], []
-    for cls, ranges, options in CONFIGURATIONS:
-        for (low, high), *values in itertools.product(ranges, *options.values()):
-            low, high = max(MIN_TEXT, low * block_size // 2048), high * block_size // 2048
-            arm = Arm(cls, low, high, **dict(zip(options, values)))
-            fits = bisect_right(range(high + 1), block_size, key=lambda n: positions(arm, n)) - 1
-            has_room = fits >= low and (not arm.n_spans or arm.longest_span >= SPAN[0])
-            (kept if has_room else dropped).append(replace(arm, longest=fits))
-    if dropped:
-        print(f"block_size {block_size} has no room for {len(dropped)} of the {len(kept + dropped)} arms "
-              f'({", ".join(sorted({arm.cls for arm in dropped}))}): they are left out')
-    return tuple(kept)
-
-
-# --------------------------------------------------------------------------------------- samples
 class NotUnique(ValueError):
     """The text repeats itself too much to ask for a span of it."""
 
 
-def make_sample(arm: Arm, text: np.ndarray, rng: np.random.Generator, tok: Tokenizer):
-    """(prefix, label): int64 arrays that together take at most positions(arm, n) tokens of a row.
-
-    text: (n + arm.room,) ids with arm.shortest <= n <= arm.longest. NotUnique: try another text.
-    """
-    n = len(text) - arm.room
-    if not arm.shortest <= n <= arm.longest:
-        raise ValueError(f"{arm.name} takes {arm.shortest + arm.room} to {arm.longest + arm.room} tokens of "
-                         f"text, not {len(text)}")
-    if arm.cls == "next_token_prediction":
-        return text[:0], text
-    if arm.cls == "selective_copying":
-        prefix, label = _selective_copying(arm, text, rng, tok)
-    elif arm.cls == "prefix_lm":
-        prefix, label = text[:n * 3 // 4], np.append(text[n * 3 // 4:], tok.DONE)
-    elif arm.cls == "copying":
-        prefix, label = text, np.append(text, tok.DONE)
-    elif arm.cls == "deshuffling":
-        prefix, label = text[_shuffle(n, n * arm.shuffled // 100, rng)], np.append(text, tok.DONE)
-    else:
-        prefix, label = _masking(arm, text, rng, tok)
-    where = 0 if rng.random() < 0.5 else len(prefix)  # section A.7
-    return np.insert(prefix, where, tok.paradigm[arm.cls]), label
+def next_token_prediction(text, rng, tok):
+    return text[:0], text
 
 
-def _shuffle(n: int, n_moved: int, rng) -> np.ndarray:
+def prefix_lm(text, rng, tok):
+    return np.split(text, [len(text) * 3 // 4])
+
+
+def copying(text, rng, tok):
+    return text, text
+
+
+def deshuffling(text, rng, tok, shuffled):
+    return text[shuffle(len(text), len(text) * shuffled // 100, rng)], text
+
+
+def infilling(text, rng, tok, masked, mean_span):
+    gaps, spans = cut_out(text, masked, mean_span, rng)
+    masks = tok.MASKS[:len(spans), None]
+    return alternate(gaps, masks), alternate(masks, spans)
+
+
+def autoencoding(text, rng, tok, masked, mean_span):
+    gaps, spans = cut_out(text, masked, mean_span, rng)
+    return alternate(gaps, [[tok.MASK]] * len(spans)), text
+
+
+def autoencoding_deshuffling(text, rng, tok, masked, mean_span):
+    gaps, spans = cut_out(text, masked, mean_span, rng)
+    gaps = [gaps[i] for i in shuffle(len(gaps), len(gaps), rng)]
+    return alternate(gaps, [[tok.MASK]] * len(spans)), text
+
+
+def shuffle(n: int, n_moved: int, rng) -> np.ndarray:
     """A permutation of n that moves exactly n_moved random positions, in one cycle."""
     order, moved = np.arange(n), rng.permutation(n)[:n_moved]
     order[moved] = np.roll(moved, 1)
     return order
 
 
-def _split(total: int, n_parts: int, least: int, rng) -> np.ndarray:
-    """n_parts random sizes >= least with this total, each way equally likely."""
+def n_masked(n: int, masked: int, mean_span: int) -> tuple[int, int]:
+    """Masked tokens and the number of spans they form: the share masked wins over the mean span.
+
+    s > 1 numbered masks of mean span 3 need masked >= 3s - 1, so (at 50%) n >= 6s - 2, and their
+    sample n + 2s + 2 >= 8s positions. As that is at most T, T // 8 numbered masks are enough.
+    """
+    total = max(1, n * masked // 100)
+    return total, max(1, round(total / mean_span))
+
+
+def cut_out(text, masked, mean_span, rng):
+    """The text is gap, span, gap, ..., span, gap -> its gaps, its spans."""
+    total, n_spans = n_masked(len(text), masked, mean_span)
+    sizes = np.empty(2 * n_spans + 1, int)
+    sizes[1::2] = random_sizes(total, n_spans, 1, rng)
+    sizes[::2] = random_sizes(len(text) - total, n_spans + 1, 0, rng)
+    parts = np.split(text, np.cumsum(sizes)[:-1])
+    return parts[::2], parts[1::2]
+
+
+def random_sizes(total: int, n_parts: int, least: int, rng) -> np.ndarray:
+    """n_parts random sizes of at least `least` with this total, each way equally likely."""
     ends = total - n_parts * least + n_parts - 1
     cuts = np.sort(rng.choice(ends, n_parts - 1, replace=False))
     return np.diff(cuts, prepend=-1, append=ends) - 1 + least
 
 
-def _pick(ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """ids[starts[0]:starts[0] + sizes[0]] and so on, joined."""
-    return ids[np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())]
+def alternate(these, those) -> np.ndarray:
+    """these[0], those[0], these[1], ... as one array."""
+    pairs = itertools.zip_longest(these, those, fillvalue=np.array([], np.int64))
+    return np.concatenate([part for pair in pairs for part in pair])
 
 
-def _masking(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
-    """Infilling and both autoencodings: the text is gap, span, gap, ..., gap, and its spans are masked."""
-    masked, n_spans = n_masked(arm, len(text))
-    spans, gaps = _split(masked, n_spans, 1, rng), _split(len(text) - masked, n_spans + 1, 0, rng)
-    starts = np.cumsum(gaps) - gaps + np.append(0, np.cumsum(spans))  # of the gaps
-    span_starts = starts[1:] - spans
-    if arm.cls == "autoencoding_deshuffling":
-        order = _shuffle(n_spans + 1, n_spans + 1, rng)
-        starts, gaps = starts[order], gaps[order]
-    masks = tok.MASKS[:n_spans] if arm.cls == "infilling" else tok.MASK
-    prefix = np.insert(_pick(text, starts, gaps), np.cumsum(gaps)[:-1], masks)
-    if arm.cls == "infilling":
-        text = np.insert(_pick(text, span_starts, spans), np.cumsum(spans) - spans, masks)
-    return prefix, np.append(text, tok.DONE)
+SPAN = 4, 32            # selective copying: tokens of a span (section 3.2)
+DELIMITER = 8           # tokens that a delimiter is drawn to have at most (section 3.2)
+LENGTHENED = 16         # and may be lengthened to until it is unique: our choice
+USUAL = 10              # what both delimiters of a span usually take
 
 
-def _ends_once(text: np.ndarray, n: int) -> np.ndarray:
-    """(len(text),) bool: whether the n tokens before a position stand nowhere else."""
-    hashed = np.lib.stride_tricks.sliding_window_view(text, n) @ (3 ** np.arange(2 * n, n, -1))
-    _, first, times = np.unique(hashed, return_index=True, return_counts=True)
-    once = np.zeros(len(text) + 1, bool)
-    once[first[times == 1] + n] = True
-    return once
+def selective_copying(text, rng, tok, n_spans, query):
+    """Spans to be found by the delimiters before and after them (section 3.2, A.5).
+
+    A start delimiter occurs once in the text, and behind it the end delimiter first occurs where
+    the span ends: so each question has one answer.
+    """
+    n, usual = len(text), selective_copying_positions(len(text), n_spans, query)
+    for _ in range(64):
+        spans = rng.integers(SPAN[0], longest_span(n, n_spans) + 1, n_spans)
+        gaps = random_sizes(n - int(spans.sum()), n_spans + 1, 1, rng)
+        starts = np.cumsum(gaps[:-1]) + np.cumsum(spans) - spans
+        ends = starts + spans
+        before, after = rng.integers(1, DELIMITER + 1, (2, n_spans))
+        for i, (start, end) in enumerate(zip(starts, ends)):
+            before[i] = unique_run(text, start, before[i], LENGTHENED)
+            backwards = text[start:end + DELIMITER][::-1]
+            room = len(backwards) - spans[i]
+            after[i] = unique_run(backwards, room, after[i], room)
+        left, right = (starts - before).min(), n - (ends + after).max()     # not in any question
+        excess = max(0, n + 1 + int((3 + before + after + spans).sum()) - usual)
+        if before.all() and after.all() and excess <= left + right:
+            break
+    else:
+        raise NotUnique(f"selective copying finds no {n_spans} spans with unique places in a text")
+    cut_left = rng.integers(max(0, excess - right), min(excess, left) + 1)
+    context = [[tok.CONTEXT], text[cut_left:n - (excess - cut_left)]]
+    question, answers = [[tok.COPY]], []
+    for i in rng.permutation(n_spans):
+        start, end = starts[i], ends[i]
+        question += [[tok.START], text[start - before[i]:start]]
+        question += [[tok.END], text[end:end + after[i]]]
+        answers.append(text[start:end])
+    prefix = question + context if query == "before" else context + question
+    return np.concatenate(prefix), alternate(answers, [[tok.DONE]] * (n_spans - 1))
 
 
-def _delimiter(text: np.ndarray, end: int, least: int, most: int) -> int:
-    """Tokens of a run that ends at `end` and occurs once in text: the fewest, or `least` if that is more; 0 if none."""
+def longest_span(n: int, n_spans: int) -> int:
+    return min(SPAN[1], max(SPAN[0], n // (2 * n_spans)))
+
+
+def selective_copying_positions(n, n_spans, query):
+    """COPY, CONTEXT and the context; for each span START, END, DONE, its delimiters and itself."""
+    if n < 6 * n_spans:                 # no room for the shortest spans
+        return math.inf
+    usual_span = (SPAN[0] + longest_span(n, n_spans)) // 2
+    return n + 1 + n_spans * (3 + USUAL + usual_span)
+
+
+def unique_run(text, end: int, least: int, most: int) -> int:
+    """The size, `least` if possible, of a run that ends at `end` and is unique; 0 if none is."""
+    most = min(most, end)
     ends = np.flatnonzero(text == text[end - 1]) + 1
     for n in range(1, most + 1):
         ends = ends[ends >= n]
@@ -458,47 +434,159 @@ def _delimiter(text: np.ndarray, end: int, least: int, most: int) -> int:
     return 0
 
 
-def _selective_copying(arm: Arm, text: np.ndarray, rng, tok: Tokenizer):
-    """Spans to be found by the delimiters before and after them (section 3.2, A.5).
+def infilling_positions(n, masked, mean_span):
+    return n + 2 * n_masked(n, masked, mean_span)[1]
 
-    The longer these come out, the less of the text becomes context: so the size of a sample is known
-    before its delimiters are. They and the spans lie in a stretch that is in the context in any case; a
-    delimiter that occurs once in the text occurs once in the context.
+
+def autoencoding_positions(n, masked, mean_span):
+    total, n_spans = n_masked(n, masked, mean_span)
+    return 2 * n - total + n_spans
+
+
+class Objective(NamedTuple):
+    make: Callable          # (text, rng, tok, **options) -> prefix, label
+    positions: Callable     # (n, **options) -> len(prefix) + len(label), at most
+    lengths: tuple          # ranges of n at T = 2048
+    options: dict = {}      # name: its values; every combination is an arm
+
+
+THREE = (192, 384), (384, 768), (768, 1536)
+MASKED = dict(masked=(15, 85), mean_span=(3, 8, 32))
+OBJECTIVES = {              # table 1
+    "next_token_prediction": Objective(next_token_prediction, lambda n: n, ((256, 2048),)),
+    "prefix_lm": Objective(prefix_lm, lambda n: n, ((512, 2048),)),
+    "selective_copying": Objective(
+        selective_copying, selective_copying_positions, ((384, 768), (768, 1536)),
+        dict(n_spans=(1, 2, 3, 4), query=("before", "after"))),
+    "copying": Objective(copying, lambda n: 2 * n, ((64, 256), (256, 1014))),
+    "deshuffling": Objective(deshuffling, lambda n, shuffled: 2 * n, ((128, 256), (512, 1024)),
+                             dict(shuffled=(50, 100))),
+    "infilling": Objective(
+        infilling, infilling_positions, ((128, 256), (256, 512), (512, 1024), (1024, 2048)),
+        dict(masked=(5, 15, 50), mean_span=(3, 8, 32))),
+    "autoencoding": Objective(autoencoding, autoencoding_positions, THREE, MASKED),
+    "autoencoding_deshuffling": Objective(
+        autoencoding_deshuffling, autoencoding_positions, THREE, MASKED),
+}
+CLASSES = tuple(OBJECTIVES)
+
+
+# ---- arms and samples --------------------------------------------------------------------------
+
+MIN_BLOCK, MIN_TEXT = 64, 8     # shorter rows and texts hold too little to learn from: our choice
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of one class."""
+    cls: str
+    shortest: int               # tokens of text
+    longest: int
+    options: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        return "-".join([self.cls, f"{self.shortest}-{self.longest}", *options])
+
+
+def positions(arm: Arm, n: int) -> float:
+    """Tokens of a row that a sample of n tokens of text takes, at most: its prefix and label."""
+    bare = OBJECTIVES[arm.cls].positions(n, **arm.options)
+    return bare if arm.cls == "next_token_prediction" else bare + 2     # paradigm token, DONE
+
+
+def longest_text(arm: Arm, size: int) -> int:
+    """The longest text of the arm, at least its shortest, whose sample takes at most `size`."""
+    longer = range(arm.shortest + 1, arm.longest + 1)
+    return arm.shortest + bisect_right(longer, size, key=lambda n: positions(arm, n))
+
+
+@lru_cache
+def arms(block_size: int) -> tuple[Arm, ...]:
+    """All arms for rows of block_size tokens: 96 at 2048, where lengths are the paper's.
+
+    A longest text that does not fit is clipped (names show it). An arm whose shortest sample fills
+    more than 7/8 of a row, which would end `pack` early, is dropped: that is printed, once.
     """
-    k, once = arm.n_spans, _ends_once(text, GROWN)
-    stretch = max(arm.shortest, len(text) - arm.room - 8 * k)
-    for _ in range(64):
-        spans = rng.integers(SPAN[0], arm.longest_span + 1, k)
-        first = int(rng.integers(len(text) - stretch + 1))
-        slack = stretch - int(spans.sum()) - k - 1  # a token at least around each span
-        starts = first + np.arange(1, k + 1) + np.cumsum(spans) - spans
-        starts += np.sort(rng.integers(slack + 1, size=k))
-        if not once[starts].all():
-            continue
-        before, after = rng.integers(1, DELIMITER + 1, (2, k))
-        for i, (start, end) in enumerate(zip(starts.tolist(), (starts + spans).tolist())):
-            before[i] = _delimiter(text, start, before[i], min(GROWN, start - first))
-            back = text[start:min(end + DELIMITER, first + stretch)][::-1]  # an answer ends where the end
-            size = len(back) - (end - start)                                # delimiter first appears
-            after[i] = _delimiter(back, size, after[i], size)
-        n = min(arm.longest, len(text) - int((before + after + spans - 2 - SPAN[0]).sum()))
-        if before.all() and after.all() and n >= stretch:
-            break
-    else:
-        raise NotUnique(f"{arm.name} finds no span with a unique place in the text")
-    start = rng.integers(max(0, first + stretch - n), min(first, len(text) - n) + 1)
-    context, query, label = [[tok.CONTEXT], text[start:start + n]], [[tok.COPY]], []
-    for i in rng.permutation(k):
-        start, end = starts[i], starts[i] + spans[i]
-        query += [[tok.START], text[start - before[i]:start], [tok.END], text[end:end + after[i]]]
-        label += [text[start:end], [tok.DONE]]
-    prefix = query + context if arm.query == "before" else context + query
-    return np.concatenate(prefix), np.concatenate(label)
+    if block_size < MIN_BLOCK:
+        raise ValueError(f"block_size {block_size} has no room for every class: pass --block_size="
+                         f"{MIN_BLOCK} or more")
+    kept, dropped = [], []
+    for cls, objective in OBJECTIVES.items():
+        options = list(itertools.product(*objective.options.values()))
+        for bounds, values in itertools.product(objective.lengths, options):
+            low, high = (max(MIN_TEXT, bound * block_size // 2048) for bound in bounds)
+            arm = Arm(cls, low, high, dict(zip(objective.options, values)))
+            arm = replace(arm, longest=longest_text(arm, block_size))
+            (kept if positions(arm, low) <= 7 * block_size // 8 else dropped).append(arm)
+    if dropped:
+        classes = ", ".join(sorted({arm.cls for arm in dropped}))
+        print(f"arms     {len(dropped)} of {len(kept + dropped)} ({classes}) have no room in rows "
+              f"of {block_size} tokens and are left out")
+    return tuple(kept)
 
 
-# --------------------------------------------------------------------------------------- batches
+def make_sample(arm: Arm, text: np.ndarray, rng: np.random.Generator, tok: Tokenizer):
+    """text (n,) -> (prefix, label), int64, at most positions(arm, n) together, or NotUnique."""
+    prefix, label = OBJECTIVES[arm.cls].make(text, rng, tok, **arm.options)
+    if arm.cls == "next_token_prediction":
+        return prefix, label
+    place = 0 if rng.random() < 0.5 else len(prefix)                    # section A.7
+    return np.insert(prefix, place, tok.paradigm[arm.cls]), np.append(label, tok.DONE)
+
+
+def as_prompt(cls: str, text: str, tok: Tokenizer, start: str = "", end: str = ""):
+    """(prefix, start of the causal part) for LM.generate, asked as samples of the class are.
+
+    Gaps are written as ___; start, end: what stands around the answer of selective copying.
+    """
+    if cls == "next_token_prediction":
+        return [], [tok.GEN, *tok.encode(text)]
+    parts = [tok.encode(part) for part in text.split("___")]
+    if len(parts) - 1 > tok.n_masks or (cls == "infilling" and len(parts) == 1):
+        raise ValueError(f"the prompt has {len(parts) - 1} gaps; write 1 to {tok.n_masks} as ___")
+    masks = tok.MASKS[:, None] if cls == "infilling" else [[tok.MASK]] * tok.n_masks
+    prefix = alternate(parts, masks[:len(parts) - 1])
+    if cls == "selective_copying":
+        question = [tok.COPY, tok.START, *tok.encode(start), tok.END, *tok.encode(end)]
+        prefix = [*question, tok.CONTEXT, *prefix]
+    return [tok.paradigm[cls], *prefix], [tok.GEN]
+
+
+# ---- packed batches ----------------------------------------------------------------------------
+
+def pack(n_rows: int, block_size: int, largest: int, draw: Callable) -> list[list]:
+    """Rows of drawn things, packed so that nothing drawn is ever dropped.
+
+    draw() -> (thing, size, least): it would take `size` tokens of a row, and at least `least`,
+    which is at most `largest`. Each goes to the fullest row with room for the middle of these, or
+    else to the emptiest. Drawing ends when the sizes would fill all rows, or when the largest
+    might not find room. So no decision to stop looks at what comes next, and by Wald's identity
+    the shares of what is drawn are, on average, exactly those of `draw`. -> [[(thing, size)]],
+    sizes yet to be fitted.
+    """
+    rows = [[] for _ in range(n_rows)]
+    room, most_room = np.full((2, n_rows), block_size)          # by sizes; by the least
+    while room.sum() > 0 and most_room.max() >= largest:
+        thing, size, least = draw()
+        possible = most_room >= least
+        fits = possible & (room >= (size + least) / 2)
+        row = np.where(fits, -room, -np.inf).argmax()
+        if not fits.any():
+            row = np.where(possible, room, -np.inf).argmax()
+        rows[row].append((thing, size))
+        room[row] -= size
+        most_room[row] -= least
+    return rows
+
+
 def lay_out(rows: list, block_size: int, tok: Tokenizer) -> dict:
-    """Rows of samples (arm index, prefix, label) as the arrays of a batch, (B, T) each."""
+    """Rows of samples (arm index, prefix, label) as the arrays of a batch, (B, T) each.
+
+    tokens and targets int64, reset uint8, arm int16 (index into the arms). Padding, at a row's end:
+    token PAD, target -100, both reset bits, arm -1.
+    """
     shape = len(rows), block_size
     out = {"tokens": np.full(shape, tok.PAD, np.int64), "targets": np.full(shape, IGNORE, np.int64),
            "reset": np.full(shape, RESET_FORWARD | RESET_REVERSE, np.uint8),
@@ -518,154 +606,118 @@ def lay_out(rows: list, block_size: int, tok: Tokenizer) -> dict:
 
 
 class Batches:
-    """Batches as a pure function of (seed, rank, step, action, split): nothing is carried over.
-
-    A packer that keeps what happens to fit changes the bandit's action. This one leaves out nothing:
-    1. How many samples a batch has, K, depends on the action alone (`_count`).
-    2. K arms are drawn by systematic sampling in order of size (`_choose`): on average arm i comes exactly
-       K * action[i] times, and every batch has small and large samples in proportion.
-    3. The largest first, each goes to the row with the most room, by its usual size (`_place`).
-    4. Each draws its length from its arm's range; then all samples of a row move towards their longest
-       (or shortest) by the same share until they fill it (`_row`).
-    """
+    """Batches as a pure function of (seed, rank, step, action, split): nothing is carried over."""
 
     def __init__(self, corpus: Corpus, tok: Tokenizer, block_size: int, batch_size: int):
-        self.corpus, self.tok, self.block_size, self.batch_size = corpus, tok, block_size, batch_size
+        self.corpus, self.tok = corpus, tok
+        self.block_size, self.batch_size = block_size, batch_size
         self.arms = arms(block_size)
         self.low = np.array([positions(arm, arm.shortest) for arm in self.arms])
         self.high = np.array([positions(arm, arm.longest) for arm in self.arms])
-        self.usual = (self.low + self.high) / 2
-        self.usual[0] = self.high[0]  # next token prediction
-        self.by_size = np.argsort(self.usual, kind="stable")
         if tok.n_masks < block_size // 8:
-            raise ValueError(f"a tokenizer with n_masks {tok.n_masks} numbers too few spans for block_size "
-                             f"{block_size}: make it with {block_size // 8} or pass a smaller --block_size")
-        need = max(arm.longest + arm.room for arm in self.arms)
+            raise ValueError(f"n_masks is {tok.n_masks}; block_size {block_size} needs "
+                             f"Tokenizer(name, n_masks={block_size // 8})")
+        need = max(arm.longest for arm in self.arms)
         if min(corpus.size.values()) < need:
-            raise ValueError(f"a sample takes up to {need} tokens, but there are {corpus.size}: pass more "
-                             "text as --data or a smaller --block_size")
+            raise ValueError(f"a sample takes up to {need} tokens of {corpus.size}; pass more text "
+                             f"as --data, or a smaller --block_size")
 
     def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
-        """(B, T) arrays: tokens and targets (int64), reset (uint8), arm (int16, index into self.arms).
-
-        Padding: token PAD, target -100, both reset bits, arm -1.
-        """
+        """(B, T) arrays: tokens, targets, reset, arm; see lay_out."""
         action = np.asarray(action, np.float64)
-        if action.shape != (len(self.arms),) or not (action >= 0).all() or abs(action.sum() - 1) > 1e-3:
-            raise ValueError(f"an action is {len(self.arms)} probabilities, not {action.shape} with sum "
-                             f"{action.sum()}")
-        rng = np.random.Generator(np.random.PCG64([seed, rank, step, ("train", "val").index(split)]))
-        chosen = self._choose(action, self._count(action.tobytes()), rng.random(dtype=np.float32))
-        placed = self._place(chosen)
-        rows = [self._row(rng.permutation(chosen[placed == b]), rng, split) for b in range(self.batch_size)]
-        return lay_out(rows, self.block_size, self.tok)
+        if action.shape != self.low.shape or action.min() < 0 or abs(action.sum() - 1) > 1e-3:
+            raise ValueError(f"an action is {len(self.arms)} probabilities, not {action.shape} of "
+                             f"sum {action.sum()}")
+        rng = np.random.default_rng([seed, rank, step, ("train", "val").index(split)])
+        up_to = np.cumsum(action)
+
+        def draw():
+            k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
+            whole_row = self.arms[k].cls == "next_token_prediction"
+            size = self.high[k] if whole_row else rng.integers(self.low[k], self.high[k] + 1)
+            return k, size, self.low[k]
+
+        packed = pack(self.batch_size, self.block_size, self.low[action > 0].max(), draw)
+        return lay_out([self.samples(row, rng, split) for row in packed], self.block_size, self.tok)
+
+    def samples(self, row: list, rng, split: str) -> list:
+        """The samples of a packed row. All move by the same share of what they can, to fill it."""
+        arms, sizes = np.array(row, int).reshape(-1, 2).T
+        spare = self.block_size - sizes.sum()
+        give = self.high[arms] - sizes if spare > 0 else sizes - self.low[arms]
+        sizes = sizes + give * np.clip(spare / max(1, give.sum()), -1, 1)
+        samples, left_over = [], 0.0    # what a sample leaves of its tokens goes to the next
+        for k, size in zip(arms, sizes):
+            left_over += size
+            prefix, label = self.sample(self.arms[k], left_over, rng, split)
+            left_over -= len(prefix) + len(label)
+            samples.append((k, prefix, label))
+        return samples
+
+    def sample(self, arm: Arm, size: float, rng, split: str):
+        """The arm's longest sample in at most `size` tokens, from a random place of the text."""
+        n = longest_text(arm, size + 1e-6)
+        for _ in range(64):
+            start = int(rng.integers(self.corpus.size[split] - n + 1))
+            try:
+                return make_sample(arm, self.corpus.window(split, start, n), rng, self.tok)
+            except NotUnique as error:
+                last = error
+        raise ValueError(f"{last}, at 64 places of the {split} split: pass other --data")
 
     def __getitem__(self, key: tuple) -> dict:
         return self.batch(*key)
 
-    def _choose(self, action: np.ndarray, n: int, u: float) -> np.ndarray:
-        share = np.cumsum(action[self.by_size])
-        return self.by_size[np.searchsorted(share / share[-1], (np.arange(n) + u) / n, side="right")]
 
-    def _place(self, chosen: np.ndarray) -> np.ndarray:
-        """The row of each sample, -1 where not even its shortest form has room (_count sees to that)."""
-        room, usual_room = (np.full(self.batch_size, float(self.block_size)) for _ in range(2))
-        placed = np.full(len(chosen), -1)
-        for i, arm in reversed(list(enumerate(chosen))):
-            b = np.where(room >= self.low[arm], usual_room, -np.inf).argmax()
-            if room[b] >= self.low[arm]:
-                placed[i] = b
-                room[b] -= self.low[arm]
-                usual_room[b] -= self.usual[arm]
-        return placed
-
-    @lru_cache(maxsize=256)
-    def _count(self, action: bytes) -> int:
-        """K: next to B * T / mean size, such that all samples find room and can fill 99% (else the best)."""
-        action, best = np.frombuffer(action), (0.0, 1)
-        guess = self.batch_size * self.block_size / (action @ self.usual / action.sum())
-        candidates = range(max(1, int(guess / 2)), int(guess * 2) + 2, 1 + int(guess / 64))
-        for n in sorted(candidates, key=lambda n: abs(n - guess)):
-            full = min(self._fullness(self._choose(action, n, u)) for u in (0.1, 0.3, 0.5, 0.7, 0.9))
-            if full > best[0]:
-                best = full, n
-            if full > 0.99:
-                break
-        return best[1]
-
-    def _fullness(self, chosen: np.ndarray) -> float:
-        placed = self._place(chosen)
-        if placed.min() < 0:
-            return 0.0
-        reach = np.bincount(placed, self.high[chosen], self.batch_size)
-        return np.minimum(reach, self.block_size).mean() / self.block_size
-
-    def _row(self, members: np.ndarray, rng, split: str) -> list:
-        low, high = self.low[members], self.high[members]
-        size = low + rng.random(len(members)) * (high - low)
-        spare = self.block_size - size.sum()
-        give = high - size if spare > 0 else size - low
-        size += give * np.clip(spare / max(1, give.sum()), -1, 1)
-        samples, spare = [], 0.0
-        for index, size in zip(members.tolist(), size.tolist()):
-            arm = self.arms[index]
-            lengths = range(arm.shortest, arm.longest + 1)
-            n = bisect_right(lengths, size + spare + 1e-6, key=lambda n: positions(arm, n)) - 1
-            prefix, label = self._sample(arm, lengths[max(0, n)], rng, split)
-            spare += size - len(prefix) - len(label)  # what one leaves goes to the next
-            samples.append((index, prefix, label))
-        return samples
-
-    def _sample(self, arm: Arm, n: int, rng, split: str):
-        for _ in range(64):
-            start = int(rng.integers(self.corpus.size[split] - n - arm.room + 1))
-            try:
-                return make_sample(arm, self.corpus.window(split, start, n + arm.room), rng, self.tok)
-            except NotUnique as e:
-                error = e
-        raise ValueError(f"{error}, at 64 places of the {split} split: pass other --data, or a --mixture "
-                         "without selective copying")
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the training process decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
-    """The same batches as torch tensors, made ahead by worker processes of one thread that stay alive."""
+    """The same batches as torch tensors, made ahead by worker processes that stay alive."""
 
-    def __init__(self, batches: Batches, seed: int, rank: int = 0, workers: int = 0):
+    def __init__(self, batches, seed: int, rank: int = 0, workers: int = 0):
         self.seed, self.rank, self.keys = seed, rank, []
         self.loader = DataLoader(batches, batch_size=None, sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+                                 persistent_workers=workers > 0, worker_init_fn=ignore_signals,
+                                 pin_memory=torch.cuda.is_available())
 
-    def steps(self, start: int, stop: int, action: np.ndarray, split: str = "train"):
-        """Iterates over the batches of steps start to stop - 1; call it again when the action changes."""
+    def steps(self, start: int, stop: int, action, split: str = "train"):
+        """Iterates over the batches of steps start to stop - 1; call again for another action."""
         self.keys[:] = [(self.seed, self.rank, step, action, split) for step in range(start, stop)]
         return iter(self.loader)
 
 
-# --------------------------------------------------------------------------------- demonstration
+# ---- demonstration -----------------------------------------------------------------------------
+
 def demo() -> None:
     tok = Tokenizer("bytes", n_masks=256)
     text = tok.encode("The bird that sings at dawn is not the bird that sings at dusk.")
     rng, samples = np.random.default_rng(1), []
-    for cls, _, options in CONFIGURATIONS:
-        arm = Arm(cls, 20, 80, **{option: values[-1] for option, values in options.items()})
-        arm = replace(arm, **dict(mean_span=8) if arm.mean_span else dict(n_spans=1) if arm.n_spans else {})
-        samples.append((CLASSES.index(cls), *make_sample(arm, text, rng, tok)))
-        print(f"{cls}\n  Input   {tok.decode(samples[-1][1])}\n  Target  {tok.decode(samples[-1][2])}")
+    for k, (cls, objective) in enumerate(OBJECTIVES.items()):
+        arm = Arm(cls, 20, 80, {name: values[0] for name, values in objective.options.items()})
+        samples.append((k, *make_sample(arm, text, rng, tok)))
+        prefix, label = (tok.decode(part) for part in samples[k][1:])
+        print(f"{cls}\n  Input   {prefix}\n  Target  {label}")
 
-    print("\nA row of 20 tokens: prefix LM, next token prediction, padding (F, R: reset bits)\n  token        target")
-    short = [(1, samples[1][1][:6], samples[1][2][-5:]), (0, *(part[:7] for part in samples[0][1:]))]
+    print("\nA row of 20 tokens: prefix LM, next token prediction, padding (F, R: reset bits)\n"
+          "  token        target")
+    short = [(1, samples[1][1][:6], samples[1][2][-5:]), (0, samples[0][1], samples[0][2][:7])]
     row = lay_out([short], 20, tok)
     for token, target, reset in zip(*(row[key][0] for key in ("tokens", "targets", "reset"))):
-        print(f"  {tok.decode([token]):12} {'.' if target == IGNORE else tok.decode([target]):12} "
+        label = "." if target == IGNORE else tok.decode([target])
+        print(f"  {tok.decode([token]):12} {label:12} "
               f"{'F' if reset & RESET_FORWARD else '.'}{'R' if reset & RESET_REVERSE else '.'}")
 
     batches = Batches(Corpus("stdlib", tok), tok, 2048, 8)
-    action, start = np.full(96, 1 / 96), time.perf_counter()
-    full = np.mean([(batches.batch(0, 0, step, action, "train")["arm"] >= 0).mean() for step in range(50)])
-    print(f"\n50 batches of 8 x 2048 tokens of the standard library, all 96 arms: {full:.2%} full, "
-          f"{50 * 8 * 2048 / (time.perf_counter() - start):,.0f} tokens/s in one thread")
+    action, begin = np.full(len(batches.arms), 1 / len(batches.arms)), time.perf_counter()
+    full = [(batches.batch(0, 0, step, action, "train")["arm"] >= 0).mean() for step in range(50)]
+    speed = 50 * 8 * 2048 / (time.perf_counter() - begin)
+    print(f"\n50 batches of 8 x 2048 tokens of the standard library, every arm alike: "
+          f"{np.mean(full):.1%} full, {speed:,.0f} tokens/s in one thread")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     demo()

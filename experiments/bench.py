@@ -1,9 +1,11 @@
-"""Speed of the model, as assets/measurements.md reports it: training by length of row, decoding by length of prompt, and
-nanoGPT's model beside it when a checkout of it is at hand.
+"""Speed: of the scan, a training step, decoding, and making batches.
 
-    python tests/bench.py [--threads=4] [--compile] [--nanogpt=FOLDER]
+    python experiments/bench.py                                    all four, one thread
+    python experiments/bench.py step --threads=4 --nanogpt=FOLDER  beside nanoGPT's model.py in FOLDER
+    python experiments/bench.py scan decode --quick                tiny sizes: does it run?
 
-Times are medians of interleaved rounds. Random tokens; bfloat16 matrix products, as in a run on this CPU.
+Times are medians of rounds in which everything that is compared takes turns, so that noise hits all
+alike. Inputs are random. On a GPU, where there is one.
 """
 import argparse
 import importlib.util
@@ -12,116 +14,213 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
+import train                            # before torch: it sets how threads wait
+import numpy as np
 import torch
 
-from model import ARCHS, LM, ModelConfig
-from scan import RESET_FORWARD, RESET_REVERSE
-from train import PRESETS, keep_freed_memory
+import scan as S
+from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE
+from objectives import Batches, Corpus, Tokenizer
 
-TOKENS = 16384          # in a training step, whatever the length of its rows
-
-
-def config(arch, T):
-    sizes = PRESETS["cpu"]
-    names = ("d_model", "d_state", "n_head")
-    return ModelConfig(arch=arch, n_layer=sizes["n_layer"][arch], block_size=T, **{name: sizes[name] for name in names})
+VOCABULARY = Tokenizer("bpe2048", n_masks=16)
 
 
-def ours(arch, T):
-    model = LM(config(arch, T))
-    reset = torch.zeros(TOKENS // T, T, dtype=torch.uint8)
-    reset[:, 0] = RESET_FORWARD
-    reset[:, T // 2:] |= RESET_REVERSE
-    return model, lambda forward, tokens: forward(tokens, reset, tokens)[1]
-
-
-def nanogpt(folder, T):
-    """nanoGPT's GPT with as many parameters in its blocks as our Gated SSM."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(folder, "model.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=336, n_layer=4, n_head=4, n_embd=176, dropout=0.0, bias=False))
-    return model, lambda forward, tokens: forward(tokens, tokens)[1]
-
-
-def stepper(model, loss_of, T, compiled):
-    forward, tokens = torch.compile(model) if compiled else model, torch.randint(0, 256, (TOKENS // T, T))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(forward, tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-
-def medians(functions, rounds=5):
+def medians(functions, rounds, device):
+    """{name: median seconds of functions[name]}."""
     times = {name: [] for name in functions}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 1):                                 # the first round warms up
         for name, run in functions.items():
             begin = time.perf_counter()
             run()
+            if device != "cpu":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
-def decoding(model, prompt, new=200):
-    """Median seconds of a new token, and bytes of state, after a prompt of so many tokens."""
-    times, sizes, run = [], [], model.run
+# ---- the scan, against other packages and the memory limit ---------------------------------------
 
-    def spy(*args):
-        times.append(time.perf_counter())
-        x, states = run(*args)
-        sizes.append(sum(s.numel() * s.element_size() for state in states for s in state))
-        return x, states
-    model.run = spy
-    model.generate([([1] * prompt, [2])], new)
-    model.run = run
-    return statistics.median(b - a for a, b in zip(times[1:], times[2:])), sizes[-1]
+def peers(device):
+    """(name, scan) of other packages, where installed, with the copies that their layouts need."""
+    def installed(name, needs="cuda"):
+        return importlib.util.find_spec(name) and needs in (device, "any")
+
+    if installed("mambapy", needs="any"):
+        from mambapy.pscan import pscan
+        yield "mambapy", lambda a, x: pscan(a[..., None], x[..., None])[..., 0]
+    if installed("accelerated_scan"):
+        from accelerated_scan.warp import scan as warp
+        yield "accelerated-scan", lambda a, x: warp(a.mT.contiguous(), x.mT.contiguous()).mT
+    if installed("fla"):
+        from fla.ops.hgrn import fused_recurrent_hgrn
+        yield "fla hgrn", lambda a, x: fused_recurrent_hgrn(x, a.log())[0]
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--nanogpt", default="", help="a folder with nanoGPT's model.py")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+def bench_scan(args):
+    """In units of the time that torch.add takes to move as many tensors: 3 forward, 8 in all."""
+    shapes = [(4, 2048, 1024), (1, 16384, 512)]                 # (B, T, D)
+    if args.device != "cpu":
+        shapes = [(8, 2048, 2560), (16, 2048, 1536), (1, 131072, 512)]
+    best, reason, launch = S.choose(torch.empty(0, device=args.device).device)
+    print(f"scan: {best} {reason}\n{'':18s}{'(B, T, D)':20s}   forward   with backward")
+    for shape in [(1, 64, 8)] if args.quick else shapes:
+        a, x, g, h, da, dx = (torch.rand(shape, device=args.device) for _ in range(6))
+        leaves = [t.clone().requires_grad_() for t in (a, x)]
+        runs = {"unit": lambda: torch.add(a, x, out=h)}
+        for name, kernel in {best: launch, "torch": None}.items():
+            runs[name, 0] = partial(S.write_states, kernel, a, x, h, False)
+            runs[name, 1] = partial(S.write_gradients, kernel, a, h, g, da, dx, False)
+        # with what a model pays besides: new tensors and autograd
+        called = {"scan(a, x)": S.scan, **dict(peers(args.device))}
+        for name, function in called.items():
+            runs[name, 0] = lambda f=function: f(a, x)
+            runs[name, 1] = lambda f=function: torch.autograd.grad(f(*leaves), leaves, g)
+        seconds = medians(runs, args.rounds, args.device)
+        for name in dict.fromkeys(name for name, _ in list(runs)[1:]):
+            first, both = seconds[name, 0], seconds[name, 1]
+            both += 0 if name in called else first
+            print(f"{name:18s}{shape!s:20s}{first / seconds['unit']:10.2f}"
+                  f"{both / seconds['unit'] * 3 / 8:16.2f}")
 
-    print(f"training, tokens/s, {TOKENS:,} tokens a step, {args.threads} threads, {'compiled' if args.compile else 'eager'}")
-    lengths = (512, 1024, 4096, 16384)
-    print(f"{'':14s}{'parameters':>12s}" + "".join(f"{f'T={T}':>10s}" for T in lengths))
-    names = (*ARCHS, *["nanoGPT"] * bool(args.nanogpt))
+
+# ---- a training step -----------------------------------------------------------------------------
+
+def our_model(arch):
+    sizes, _ = train.parse_args([f"--arch={arch}"])
+    return LM(train.model_config(sizes, VOCABULARY))
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's GPT with as many parameters in its blocks as our Gated SSM, and one sample a row."""
+
+    def __init__(self, folder, T):
+        super().__init__()
+        path = os.path.join(folder, "model.py")
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.gpt = module.GPT(module.GPTConfig(
+            block_size=T, vocab_size=VOCABULARY.vocab_size, n_layer=4, n_head=4, n_embd=176,
+            dropout=0.0, bias=False))
+        self.blocks = self.gpt.transformer.h
+
+    def forward(self, tokens, reset, targets):
+        return self.gpt(tokens, targets)
+
+
+def bench_step(args):
+    """Tokens a second by length of row; the number of tokens in a step is always the same."""
+    n_tokens, lengths = (128, (32, 64)) if args.quick else (16384, (512, 1024, 4096, 16384))
+    names = [*MIXERS] + ["nanoGPT"] * (args.nanogpt is not None)
     steps, counts = {}, {}
     for name, T in itertools.product(names, lengths):
-        model, loss_of = nanogpt(args.nanogpt, T) if name == "nanoGPT" else ours(name, T)
-        counts[name] = sum(p.numel() for p in (model.transformer.h if name == "nanoGPT" else model.blocks).parameters())
-        steps[name, T] = stepper(model, loss_of, T, args.compile)
-    seconds = medians(steps)
+        model = (NanoGPT(args.nanogpt, T) if name == "nanoGPT" else our_model(name)).to(args.device)
+        counts[name] = sum(p.numel() for p in model.blocks.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        tokens = torch.randint(256, (n_tokens // T, T))
+        reset = torch.zeros_like(tokens, dtype=torch.uint8)     # half of each row is a prefix
+        reset[:, 0] = RESET_FORWARD
+        reset[:, T // 2:] |= RESET_REVERSE
+        batch = dict(tokens=tokens, reset=reset, targets=tokens)
+        step_model = torch.compile(model) if args.compile == "yes" else model
+        steps[name, T] = partial(train.learn, step_model, optimizer, batch, 1e-3, 1.0, args)
+    seconds = medians(steps, args.rounds, args.device)
+    print(f"training, tokens/s, {n_tokens:,} tokens a step\n{'':12s}{'in blocks':>12s}"
+          + "".join(f"{f'T={T}':>10s}" for T in lengths))
     for name in names:
-        print(f"{name:14s}{counts[name]:12,}" + "".join(f"{TOKENS / seconds[name, T]:10,.0f}" for T in lengths))
+        speeds = "".join(f"{n_tokens / seconds[name, T]:10,.0f}" for T in lengths)
+        print(f"{name:12s}{counts[name]:12,}{speeds}")
 
-    torch.set_num_threads(1)
-    prompts = (512, 16384)
-    print("\ndecoding, ms and KB of state a token after prompts of 512 and 16,384 tokens, one thread")
-    for arch in ARCHS:
-        model = LM(config(arch, 512)).eval()
-        found = [[decoding(model, prompt) for prompt in prompts] for _ in range(3 if arch == "transformer" else 9)]
-        for prompt, rounds in zip(prompts, zip(*found)):
-            print(f"{arch:14s} {prompt:6,d} tokens: {1000 * statistics.median(s for s, _ in rounds):7.3f} ms "
-                  f"{rounds[0][1] / 1024:9,.1f} KB")
-        ratio = statistics.median(longer[0] / shorter[0] for shorter, longer in found)
-        print(f"{'':14s} time after the longer in multiples of the shorter: {ratio:.3f}")
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def token_times(model, prompt, new):
+    """Seconds of each new token after the first, and bytes of state, after so many tokens."""
+    times, read, size = [], model.run_blocks, 0
+
+    def watched(*inputs):
+        nonlocal size
+        times.append(time.perf_counter())
+        x, states = read(*inputs)
+        size = sum(t.numel() * t.element_size() for state in states for t in state if t is not None)
+        return x, states
+
+    model.run_blocks = watched
+    try:
+        model.generate([([1] * prompt, [2])], new)
+    finally:
+        del model.run_blocks
+    return np.diff(times)[1:].tolist(), size
+
+
+def bench_decode(args):
+    """Time and state of one more token by length of prompt."""
+    prompts, new = ((16, 32), 8) if args.quick else ((512, 16384), 200)
+    print(f"decoding {new} tokens, one prompt at a time\n{'':12s}{'prompt':>8s}{'ms a token':>13s}"
+          f"{'KB of state':>13s}")
+    for arch in MIXERS:
+        model, times = our_model(arch).to(args.device), {prompt: [] for prompt in prompts}
+        sizes = {}
+        for _, prompt in itertools.product(range(args.rounds), prompts):
+            seconds, sizes[prompt] = token_times(model, prompt, new)
+            times[prompt] += seconds
+        for prompt in prompts:
+            print(f"{arch:12s}{prompt:8,}{1000 * statistics.median(times[prompt]):13.2f}"
+                  f"{sizes[prompt] / 1024:13,.1f}")
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def bench_batches(args):
+    """How fast one process makes batches, and how full their rows are."""
+    data = os.path.join(ROOT, "README.md") if args.quick else "stdlib"
+    tok = Tokenizer("bpe2048")
+    corpus = Corpus(data, tok)
+    print(f"batches of 16,384 tokens\n{'row':>8s}{'rows full':>13s}{'tokens/s':>13s}{'a second':>13s}")
+    for T in (64,) if args.quick else (128, 512, 2048):
+        batches = Batches(corpus, tok, T, 16384 // T)
+        action, full = np.full(len(batches.arms), 1 / len(batches.arms)), []
+        make = (batches.batch(1, 0, step, action, "train") for step in itertools.count())
+        runs = {T: lambda: full.append((next(make)["arm"] >= 0).mean())}
+        seconds = medians(runs, 2 * args.rounds, "cpu")[T]
+        print(f"{T:8,}{np.mean(full):13.1%}{16384 / seconds:13,.0f}{1 / seconds:13.1f}")
+
+
+BENCHES = {"scan": bench_scan, "step": bench_step, "decode": bench_decode, "batches": bench_batches}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+    flag = parser.add_argument
+    flag("what", nargs="*", default=[*BENCHES], help=f"of {', '.join(BENCHES)}; all without a name")
+    flag("--threads", type=train.number(int, 1), default=1, help="of the CPU")
+    flag("--compile", action="store_true", help="torch.compile for training steps")
+    flag("--nanogpt", metavar="FOLDER", help="holds nanoGPT's model.py, which trains beside ours")
+    flag("--quick", action="store_true", help="tiny sizes and one round: numbers mean nothing")
+    args = parser.parse_args(argv)
+    unknown = set(args.what) - set(BENCHES)
+    if unknown:
+        parser.error(f"{', '.join(unknown)} is unknown; choose from {', '.join(BENCHES)}")
+    torch.set_num_threads(args.threads)
+    settings, _ = train.parse_args([f"--compile={'yes' if args.compile else 'no'}"])
+    try:
+        train.settle(settings)                          # device and number format, as in a run
+        train.keep_freed_memory()
+        args.device, args.dtype, args.compile = settings.device, settings.dtype, settings.compile
+        args.rounds = 1 if args.quick else 7
+        for what in args.what:
+            print()
+            BENCHES[what](args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
