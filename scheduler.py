@@ -11,10 +11,10 @@ Symbols (sections are of Birdie, arXiv 2411.01030)
     action      float64 (arms,): the probability that a training sample is made by an arm
     K           evaluations so far
 
-At every evaluation the bandit knows which losses and action led to which R so far. Its reward model,
-four causal Gated SSM layers over the K evaluations, is trained on that; then 2,048 random actions
-are tried in the model, and the mean of the eight with the highest predicted total is the action
-until the next evaluation (A.1).
+At every evaluation the bandit knows which losses and action led to which R so far. Its reward
+model, four causal Gated SSM layers over the K evaluations, is trained on that; then 2,048 random
+actions are tried in the model, and the mean of the eight with the highest predicted total is the
+action until the next evaluation (A.1).
 
 A scheduler, learned or fixed, is any object with
     .action                   what samples are drawn by until the next evaluation
@@ -22,8 +22,8 @@ A scheduler, learned or fixed, is any object with
     .state_dict()             tensors, numbers, strings, and lists or dicts of these
     .load_state_dict(state)   goes on from there; ValueError if the state is another scheduler's
     .predicted                optional: the total expected of .action, or None
-To add your own, write such a class and name it in MIXTURES, at the end: train.py's --mixture and the
-tests take it from there.
+To add your own, write such a class and name it in MIXTURES, at the end: train.py's --mixture and
+the tests take it from there.
 
 Run it:  python scheduler.py        the bandit in a simulated run, against uniform
 
@@ -85,14 +85,14 @@ def evaluation_steps(max_steps: int, apart: int = 10) -> list[int]:
 
 def check_saved(state: dict, name: str, arms: Sequence) -> None:
     """Raise ValueError if `state` is of another scheduler than `name`, or over other arms."""
-    if state["name"] != name:
-        raise ValueError(f"the saved scheduler is {state['name']!r}, not {name!r}; "
+    if state.get("name") != name:
+        raise ValueError(f"the saved scheduler is {state.get('name')!r}, not {name!r}; "
                          f"resume with the saved --mixture")
-    differ = set(state["arms"]) ^ {arm.name for arm in arms}
-    if differ:
-        raise ValueError(f"the saved scheduler has {len(state['arms'])} arms, this one {len(arms)}; "
-                         f"they differ in {', '.join(sorted(differ)[:3])}: resume with the saved "
-                         f"--block_size and objectives")
+    saved, names = state["arms"], [arm.name for arm in arms]
+    if saved != names:
+        differ = ", ".join(sorted(set(saved) ^ set(names))[:3]) or "their order"
+        raise ValueError(f"the saved scheduler has {len(saved)} arms, this one {len(names)}, and "
+                         f"they differ in {differ}; resume with the saved --block_size")
 
 
 # ---- fixed mixtures (A.6, table 6) ---------------------------------------------------------------
@@ -117,6 +117,7 @@ def ntp(arms):
 
 
 def ul2(arms):
+    """UL2's, with its two lengths of spans."""
     return split(arms, (0.6, "next_token_prediction", {}),
                  (0.2, "prefix_lm", {}),
                  (0.1, "infilling", {"mean_span": 3, "masked": 15}),
@@ -157,8 +158,7 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind="hierarchical
     """n random actions, float64 (n, arms).
 
     "flat": uniform numbers, normalised (figure 4). With 96 arms none gives an arm more than about
-    twice its share, so next token prediction could never pass 2%; yet figure 5 shows classes
-    between 0 and 60%.
+    twice its share, so next token prediction could not pass 2%; figure 5 has classes at 60%.
     "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each. On
     average every arm has the same share, as in figure 4: a model that knows nothing chooses that.
     focus: a class that has half on average instead, while the others share the rest alike.
@@ -179,7 +179,7 @@ def propose(arms: Sequence, n: int, rng: np.random.Generator, kind="hierarchical
 
 
 class RewardModel(nn.Module):
-    """(losses, action) at an evaluation -> the cube root of every arm's R until the next (A.1.5)."""
+    """(losses, action) at an evaluation -> cube root of every arm's R until the next (A.1.5)."""
 
     def __init__(self, n_arms: int):
         super().__init__()
@@ -220,7 +220,7 @@ class Birdie:
         self.first_choice = round(250 * max_steps / 32000)      # uniform until then (A.1)
         self.weights = class_weights(arms)
         self.action, self.predicted = np.full(len(arms), 1 / len(arms)), None
-        self.losses, self.actions = [], []      # at each evaluation; the action from there on
+        self.losses, self.actions = [], []      # at every evaluation; in force from there on
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = RewardModel(len(arms))
@@ -230,7 +230,7 @@ class Birdie:
     def update(self, step: int, losses: np.ndarray) -> None:
         """Learn what the last action did, and choose the next."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)                # the matrices are small: 4 threads take twice as long
+        torch.set_num_threads(1)        # the matrices are small: 4 threads took twice as long
         try:
             self.losses.append(np.array(losses, np.float64))
             if len(self.losses) > 1:
@@ -308,8 +308,10 @@ MIXTURES = {
 
 
 def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0, focus: str = "none"):
-    """The scheduler of that name; ValueError for an unknown one. focus: a class the bandit favours
-    (see `propose`) or "none"; a fixed mixture ignores it."""
+    """The scheduler of that name in MIXTURES; ValueError for another name.
+
+    focus: a class that the bandit favours (see `propose`), or "none". Fixed mixtures ignore it.
+    """
     if name not in MIXTURES:
         raise ValueError(f"mixture {name!r} is unknown; choose one of {', '.join(MIXTURES)}")
     return MIXTURES[name](arms, max_steps, seed, focus)

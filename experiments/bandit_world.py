@@ -1,7 +1,7 @@
 """The bandit against other schedulers in simulated worlds, where the truth is known.
 
-Makes the table "In a simulated world" of experiments/measurements.md: the total loss at the end of a
-run of 12 evaluations, as mean and standard deviation over worlds, and in how many it is below
+Makes the table "In a simulated world" of experiments/measurements.md: the total loss at the end of
+a run of 12 evaluations, as mean and standard deviation over worlds, and in how many it is below
 uniform's.
 
     python experiments/bandit_world.py [SEEDS]      over SEEDS worlds (10), one process a core
@@ -44,7 +44,8 @@ class World:
                                      name=f"{role[k // 4]}-{k // 4}-{k % 4}") for k in range(n)]
         gain = np.diag([self.speed[r] for r in role])   # [by training on a class, skill in a class]
         gain[role == "teacher", role == "hard"] = 3     # each teacher has its pupil
-        self.teaches = np.kron(gain, np.full((4, 4), 1 / 4)) * rng.uniform(0.5, 2, (n, 1))  # by arms
+        by_arms = np.kron(gain, np.full((4, 4), 1 / 4))
+        self.teaches = by_arms * rng.uniform(0.5, 2, (n, 1))
         self.floor = rng.uniform(0.3, 1, n)
         self.fall = np.where(self.role == "hard", 4.0, 1.5) * rng.uniform(0.7, 1.3, n)
         self.skill = np.zeros(n)
