@@ -204,9 +204,10 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
             try:
                 yield from pieces(path)
             except UnicodeDecodeError:
-                print(f"text     {path} is not UTF-8 text: left out")
+                not_text.append(path)
             bar.update(path.stat().st_size)
 
+    not_text = []
     size = sum(path.stat().st_size for path in files)
     bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=size < 10_000_000)
     text, paths = readable(), (folder / "train.bin", folder / "val.bin")
@@ -218,6 +219,9 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
                 ids = np.append(tok.END_OF_TEXT, ids) if first else ids
                 (train if in_train else val).write(ids.astype(dtype).tobytes())
     bar.close()
+    if not_text:
+        print(f"text     {len(not_text)} of {len(files)} files are no UTF-8 text, and are left out "
+              f"from there on: {', '.join(path.name for path in not_text[:3])} ...")
     n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
     n = n_train + n_val
     if n < 2:
@@ -246,23 +250,25 @@ class Corpus:
 
     def __init__(self, data: str, tok: Tokenizer):
         folder, self.dtype = Path(data).expanduser(), "uint16"
-        if not (folder / "train.bin").is_file():
+        if (folder / "train.bin").is_file():
+            self.check(folder / "train.bin", tok)
+            self.check(folder / "val.bin", tok)
+        else:
             self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
             folder = self.cached(find_files(data), tok)
         self.paths = {split: str(folder / f"{split}.bin") for split in ("train", "val")}
-        self.size = {split: self.check(path, tok) for split, path in self.paths.items()}
+        self.size = {split: len(mapped(path, self.dtype)) for split, path in self.paths.items()}
 
-    def check(self, path: str, tok: Tokenizer) -> int:
-        """The number of tokens in a file of them."""
-        n_bytes = os.path.getsize(path) if os.path.exists(path) else 0
-        if not n_bytes or n_bytes % np.dtype(self.dtype).itemsize:
-            raise ValueError(f"{path} is missing, empty or not {self.dtype}; prepare it again")
-        ids = mapped(path, self.dtype)
+    def check(self, path: Path, tok: Tokenizer) -> None:
+        """Is this a file of nanoGPT's, of this tokenizer's tokens?"""
+        n_bytes = path.stat().st_size if path.is_file() else 0
+        if not n_bytes or n_bytes % 2:
+            raise ValueError(f"{path} is missing, empty or not uint16; prepare it again")
+        ids = mapped(str(path), "uint16")
         top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
-        if top > tok.END_OF_TEXT:
+        if top >= tok.n_text:
             raise ValueError(f"{path} holds token {top}, and {tok.name} has {tok.n_text} tokens; "
                              f"pass the --tokenizer that made it, such as gpt2")
-        return len(ids)
 
     def cached(self, files: list[Path], tok: Tokenizer) -> Path:
         """The folder of tokens of these files, made if it is not there yet."""

@@ -1,11 +1,11 @@
 """Speed: of the scan, a training step, decoding, and making batches.
 
-    python experiments/bench.py                                    all four, one thread
-    python experiments/bench.py step --threads=4 --nanogpt=FOLDER  beside nanoGPT's model.py in FOLDER
-    python experiments/bench.py scan decode --quick                tiny sizes: does it run?
+    python experiments/bench.py                                all four, on one thread
+    python experiments/bench.py step --nanogpt=FOLDER          FOLDER holds nanoGPT's model.py
+    python experiments/bench.py scan decode --quick            tiny sizes: does it run?
 
-Times are medians of rounds in which everything that is compared takes turns, so that noise hits all
-alike. Inputs are random. On a GPU, where there is one.
+Times are medians of rounds in which all that is compared takes turns, so that noise hits all alike.
+Inputs are random. It runs on the GPU where there is one.
 """
 import argparse
 import importlib.util
@@ -96,7 +96,7 @@ def our_model(arch):
 
 
 class NanoGPT(torch.nn.Module):
-    """nanoGPT's GPT with as many parameters in its blocks as our Gated SSM, and one sample a row."""
+    """nanoGPT's GPT with as many parameters in its blocks as the Gated SSM."""
 
     def __init__(self, folder, T):
         super().__init__()
@@ -116,25 +116,28 @@ class NanoGPT(torch.nn.Module):
 def bench_step(args):
     """Tokens a second by length of row; the number of tokens in a step is always the same."""
     n_tokens, lengths = (128, (32, 64)) if args.quick else (16384, (512, 1024, 4096, 16384))
-    names = [*MIXERS] + ["nanoGPT"] * (args.nanogpt is not None)
-    steps, counts = {}, {}
-    for name, T in itertools.product(names, lengths):
-        model = (NanoGPT(args.nanogpt, T) if name == "nanoGPT" else our_model(name)).to(args.device)
-        counts[name] = sum(p.numel() for p in model.blocks.parameters())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    for T in lengths:
+        models = {arch: our_model(arch) for arch in MIXERS}
+        if args.nanogpt is not None:
+            models["nanoGPT"] = NanoGPT(args.nanogpt, T)
         tokens = torch.randint(256, (n_tokens // T, T))
         reset = torch.zeros_like(tokens, dtype=torch.uint8)     # half of each row is a prefix
         reset[:, 0] = RESET_FORWARD
         reset[:, T // 2:] |= RESET_REVERSE
-        batch = dict(tokens=tokens, reset=reset, targets=tokens)
-        step_model = torch.compile(model) if args.compile == "yes" else model
-        steps[name, T] = partial(train.learn, step_model, optimizer, batch, 1e-3, 1.0, args)
-    seconds = medians(steps, args.rounds, args.device)
-    print(f"training, tokens/s, {n_tokens:,} tokens a step\n{'':12s}{'in blocks':>12s}"
-          + "".join(f"{f'T={T}':>10s}" for T in lengths))
-    for name in names:
-        speeds = "".join(f"{n_tokens / seconds[name, T]:10,.0f}" for T in lengths)
-        print(f"{name:12s}{counts[name]:12,}{speeds}")
+        batch, steps = dict(tokens=tokens, reset=reset, targets=tokens), {}
+        for name, model in models.items():
+            model.to(args.device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+            step_model = torch.compile(model) if args.compile == "yes" else model
+            steps[name] = partial(train.learn, step_model, optimizer, batch, 1e-3, 1.0, args)
+        if T == lengths[0]:
+            counts = [sum(p.numel() for p in m.blocks.parameters()) for m in models.values()]
+            print(f"training, tokens/s, {n_tokens:,} tokens a step\n{'':18s}"
+                  + "".join(f"{name:>14s}" for name in models)
+                  + f"\n{'blocks have':18s}" + "".join(f"{n:14,}" for n in counts))
+        seconds = medians(steps, args.rounds, args.device)
+        speeds = "".join(f"{n_tokens / taken:14,.0f}" for taken in seconds.values())
+        print(f"{f'rows of {T:,}':18s}{speeds}", flush=True)
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ def bench_decode(args):
     for arch in MIXERS:
         model, times = our_model(arch).to(args.device), {prompt: [] for prompt in prompts}
         sizes = {}
-        for _, prompt in itertools.product(range(args.rounds), prompts):
+        for _, prompt in itertools.product(range(-(-args.rounds // 2)), prompts):
             seconds, sizes[prompt] = token_times(model, prompt, new)
             times[prompt] += seconds
         for prompt in prompts:
@@ -182,12 +185,13 @@ def bench_batches(args):
     data = os.path.join(ROOT, "README.md") if args.quick else "stdlib"
     tok = Tokenizer("bpe2048")
     corpus = Corpus(data, tok)
-    print(f"batches of 16,384 tokens\n{'row':>8s}{'rows full':>13s}{'tokens/s':>13s}{'a second':>13s}")
-    for T in (64,) if args.quick else (128, 512, 2048):
+    print("batches of 16,384 tokens, every arm alike\n"
+          f"{'T':>8s}{'rows full':>13s}{'tokens/s':>13s}{'batches/s':>13s}")
+    for T in (128,) if args.quick else (128, 512, 2048):
         batches = Batches(corpus, tok, T, 16384 // T)
         action, full = np.full(len(batches.arms), 1 / len(batches.arms)), []
-        make = (batches.batch(1, 0, step, action, "train") for step in itertools.count())
-        runs = {T: lambda: full.append((next(make)["arm"] >= 0).mean())}
+        made = (batches.batch(1, 0, step, action, "train") for step in itertools.count())
+        runs = {T: lambda: full.append((next(made)["arm"] >= 0).mean())}
         seconds = medians(runs, 2 * args.rounds, "cpu")[T]
         print(f"{T:8,}{np.mean(full):13.1%}{16384 / seconds:13,.0f}{1 / seconds:13.1f}")
 
@@ -214,7 +218,7 @@ def main(argv):
         train.settle(settings)                          # device and number format, as in a run
         train.keep_freed_memory()
         args.device, args.dtype, args.compile = settings.device, settings.dtype, settings.compile
-        args.rounds = 1 if args.quick else 7
+        args.rounds = 1 if args.quick else 5
         for what in args.what:
             print()
             BENCHES[what](args)

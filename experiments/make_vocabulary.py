@@ -1,10 +1,11 @@
-"""make_vocabulary.py -- byte pair encoding, learnt from text, written as a .tiktoken file.
+"""Byte pair encoding, learnt from text and written as a .tiktoken file.
 
-    python assets/make_vocabulary.py N_TOKENS OUT.tiktoken [DATA]
+    python experiments/make_vocabulary.py N_TOKENS OUT.tiktoken [DATA]
 
-DATA is a text file, a folder or a glob, by default the source of Python's standard library: the vocabulary that comes with
-the project, bpe2048.tiktoken, was made so, with 2,048 tokens, from Python 3.11's, in 12 s. Words are what Tokenizer splits text into;
-the pair of neighbouring tokens that is most frequent, counted over all words, becomes the next token.
+DATA is what train.py takes as --data, by default stdlib, the source of Python's standard library.
+assets/bpe2048.tiktoken was made so, with 2,048 tokens, from Python 3.11's, in 12 s. Words are what
+Tokenizer splits text into; the pair of neighbouring tokens that is most frequent, counted over all
+words, becomes the next token.
 """
 import base64
 import collections
@@ -14,7 +15,7 @@ import sys
 import regex
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from objectives import PATTERN, _files
+from objectives import PATTERN, find_files
 
 
 def learn(texts, n_tokens):
@@ -35,7 +36,8 @@ def learn(texts, n_tokens):
     while len(tokens) < n_tokens:
         best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
         if not pairs[best]:
-            raise SystemExit(f"error: this text has pairs for {len(tokens)} tokens only; pass more text or fewer than {n_tokens}")
+            raise ValueError(f"this text has pairs for {len(tokens)} tokens only: pass more, or "
+                             f"{len(tokens)} instead of {n_tokens}")
         for k in list(holders[best]):
             count(k, -1)
             ids, i = words[k][0], 0
@@ -48,9 +50,21 @@ def learn(texts, n_tokens):
     return tokens
 
 
+def main(argv):
+    try:
+        match argv:
+            case [n_tokens, out, *data] if n_tokens.isdigit() and len(data) < 2:
+                files = find_files(data[0] if data else "stdlib")
+            case _:
+                raise ValueError("make_vocabulary.py takes N_TOKENS OUT.tiktoken [DATA]")
+        texts = (file.read_text("utf-8", errors="replace") for file in files)
+        tokens = learn(texts, int(n_tokens))
+        with open(out, "w") as file:
+            for rank, token in enumerate(tokens):
+                file.write(f"{base64.b64encode(token).decode()} {rank}\n")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    n_tokens, out, data = sys.argv[1:] + [""] * (len(sys.argv) < 4)
-    texts = (file.read_text("utf-8", errors="replace") for file in _files(data))
-    with open(out, "w") as file:
-        for rank, token in enumerate(learn(texts, int(n_tokens))):
-            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
+    main(sys.argv[1:])

@@ -1,15 +1,21 @@
-"""Proves that samples are what table 1 says, that rows are full without a bias, that batches are a pure
-function, that validation text is never trained on, and that bad input ends in one line.
+"""Samples are what table 1 says; rows are full and nothing that is drawn is dropped, so every arm
+has exactly the share of its action; a batch is a pure function; validation text is never trained
+on; bad input ends in one line.
 
     python -m pytest tests/test_objectives.py
 """
 import base64
 import collections
+import contextlib
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import pathlib
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -20,11 +26,13 @@ import pytest
 import regex
 import torch
 
+import model
 import objectives
-from objectives import (CLASSES, IGNORE, Arm, Batches, Corpus, Loader, NotUnique, Tokenizer, arms, make_sample,
-                        n_masked, positions)
+from objectives import (CLASSES, IGNORE, Arm, Batches, Corpus, Loader, NotUnique, Tokenizer, arms,
+                        as_prompt, lay_out, longest_text, make_sample, pack, positions)
 
-ROOT = os.path.dirname(objectives.__file__)
+ROOT = pathlib.Path(objectives.__file__).parent
+SIZES = [(128, 16), (2048, 8)]          # block size, rows: the presets' smallest and the paper's
 
 
 @pytest.fixture(scope="session")
@@ -39,448 +47,437 @@ def corpus(tok, own_cache):
 
 @pytest.fixture(scope="session")
 def batches(corpus, tok):
-    return Batches(corpus, tok, 2048, 8)
+    return Batches(corpus, tok, 128, 16)
 
 
 def uniform(batches):
     return np.full(len(batches.arms), 1 / len(batches.arms))
 
 
-# ------------------------------------------------------------------------------------------ arms
-def test_there_are_96_arms_of_8_classes_at_2048():
+def a_sample(arm, n, rng, tok, corpus, text=None):
+    """(text, prefix, label): n tokens at a random place that the objective can use, or `text`."""
+    for _ in range(64):
+        start = int(rng.integers(corpus.size["train"] - n))
+        found = corpus.window("train", start, n) if text is None else text
+        with contextlib.suppress(NotUnique):
+            return found, *make_sample(arm, found, rng, tok)
+    pytest.fail(f"64 places of the text are no good for {arm.name}")
+
+
+@contextlib.contextmanager
+def one_line(message):
+    """What is done inside ends in an error of one line that matches the message."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+# The test to copy for an objective of your own. What is promised of every class is tested here for
+# an added one by itself; what only yours promises goes into EXACT below.
+@pytest.mark.parametrize("block_size", [128, 2048])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_class_keeps_its_promises(cls, block_size, tok, corpus):
+    for arm in [arm for arm in arms(block_size) if arm.cls == cls]:
+        lengths = range(arm.shortest, arm.longest + 1)
+        bounds = [positions(arm, n) for n in lengths]
+        assert bounds == sorted(bounds) and bounds[-1] <= block_size
+        for seed, n in enumerate((lengths[0], lengths[len(lengths) // 2], lengths[-1])):
+            text, prefix, label = a_sample(arm, n, np.random.default_rng(seed), tok, corpus)
+            assert len(prefix) + len(label) <= positions(arm, n)
+            assert 0 <= min(*prefix, *label) and max(*prefix, *label) < tok.vocab_size
+            assert not {tok.PAD, tok.GEN} & {*prefix, *label}
+            again = a_sample(arm, n, np.random.default_rng(seed), tok, corpus)
+            assert all(map(np.array_equal, (text, prefix, label), again))
+            if cls != "next_token_prediction":          # which is text and nothing else
+                assert label[-1] == tok.DONE
+                assert tok.paradigm[cls] in (prefix[0], prefix[-1])
+
+
+@pytest.mark.parametrize("cls, options, seed, asked, answer", [
+    ("prefix_lm", {}, 0, "the bird sings a<PREFIX_LM>", "t dawn<DONE>"),
+    ("infilling", dict(masked=50, mean_span=3), 2,
+     "<INFILLING>t<MASK_0> bi<MASK_1>d s<MASK_2> at <MASK_3>",
+     "<MASK_0>he<MASK_1>r<MASK_2>ings<MASK_3>dawn<DONE>"),
+    ("selective_copying", dict(n_spans=1, query="before"), 1,
+     "<SELECTIVE_COPYING><COPY><START>the<END>d sings <CONTEXT>the bird sings at dawn",
+     " bir<DONE>")])
+def test_an_example_by_hand(cls, options, seed, asked, answer, tok):
+    text, rng = tok.encode("the bird sings at dawn"), np.random.default_rng(seed)
+    prefix, label = make_sample(Arm(cls, 8, 80, options), text, rng, tok)
+    assert (tok.decode(prefix), tok.decode(label)) == (asked, answer)
+
+
+def test_a_packed_row_by_hand(tok):
+    """One sample of arm 4, one of arm 0, which has no prefix, and one place left."""
+    row = lay_out([[(4, [1, 2], [3, 5, tok.DONE]), (0, [], [6, 7])]], 8, tok)
+    gen, none, done = tok.GEN, IGNORE, tok.DONE
+    assert row["tokens"].tolist() == [[1, 2, gen, 3, 5, gen, 6, tok.PAD]]
+    assert row["targets"].tolist() == [[none, none, 3, 5, done, 6, 7, none]]
+    assert row["reset"].tolist() == [[1, 0, 2, 2, 2, 3, 2, 3]]      # 1 forward, 2 reverse
+    assert row["arm"].tolist() == [[4, 4, 4, 4, 4, 0, 0, -1]]
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+def test_the_papers_classes_have_the_96_arms_of_table_1():
+    """A class of your own may stand beside them."""
+    table = dict(next_token_prediction=1, prefix_lm=1, selective_copying=16, copying=2,
+                 deshuffling=4, infilling=36, autoencoding=18, autoencoding_deshuffling=18)
     counts = collections.Counter(arm.cls for arm in arms(2048))
-    assert dict(counts) == dict(zip(CLASSES, (1, 1, 16, 2, 4, 36, 18, 18)))
-    assert "infilling-512-1024-15%-span8" in {arm.name for arm in arms(2048)}
-    assert arms(2048)[0].name == "next_token_prediction"
+    assert {cls: counts[cls] for cls in table} == table and sum(table.values()) == 96
+    assert {"infilling-512-1024-masked=15-mean_span=8", "copying-256-1014",
+            "selective_copying-768-1536-n_spans=4-query=after"} <= {arm.name for arm in arms(2048)}
 
 
-@pytest.mark.parametrize("block_size", [64, 71, 100, 128, 256, 512, 1000, 2048, 16384])
-def test_arms_fit_their_rows_and_have_names_of_their_own(block_size):
-    found = arms(block_size)
-    assert len({arm.name for arm in found}) == len(found) and {arm.cls for arm in found} == set(CLASSES)
-    for arm in found:
-        assert positions(arm, arm.shortest) <= positions(arm, arm.longest) <= block_size
-        if arm.cls == "infilling":
-            assert n_masked(arm, arm.longest)[1] <= block_size // 8
-
-
-def test_dropped_arms_are_announced_once(capsys):
+@pytest.mark.parametrize("block_size", [64, 71, 100, 128, 256, 1000, 2048, 16384])
+def test_arms_fit_their_rows_and_have_names_of_their_own(block_size, capsys):
     arms.cache_clear()
-    arms(128), arms(128)
-    assert len(re.findall("block_size 128 has no room for .* arms .selective_copying", capsys.readouterr().out)) == 1
+    found = arms(block_size)
+    assert arms(block_size) is found and len({arm.name for arm in found}) == len(found)
+    n_said = capsys.readouterr().out.count(f"no room in rows of {block_size} tokens")
+    assert n_said == (len(found) < len(arms(2048)))             # dropped ones are named, once
+    assert {arm.cls for arm in found} == set(CLASSES)
+    for arm in found:
+        assert arm.shortest <= arm.longest and positions(arm, arm.longest) <= block_size
+        for size in range(int(positions(arm, arm.shortest)), 129 * (block_size == 128)):
+            fit = [n for n in range(arm.shortest, arm.longest + 1) if positions(arm, n) <= size]
+            assert longest_text(arm, size) == fit[-1]
 
 
-@pytest.mark.parametrize("options", [dict(masked=15), dict(masked=15, mean_span=8, shuffled=50), dict(span=3)])
-def test_an_option_that_a_class_does_not_use_is_an_error(options):
-    with pytest.raises((ValueError, TypeError)):
-        Arm("infilling", 64, 128, **options)
+# ---- each class, exactly ------------------------------------------------------------------------
+# (text, prefix, label, tok, options of the arm), without the paradigm token and the last DONE. The
+# text is 10,000, 10,001 ..., so that every token shows where it came from, but a real one for
+# selective copying.
+
+def is_next_token_prediction(text, prefix, label, tok):
+    assert len(prefix) == 0 and np.array_equal(label, text)
 
 
-def test_reset_bits_are_those_that_scan_reads():
-    scan = pytest.importorskip("scan")
-    assert (objectives.RESET_FORWARD, objectives.RESET_REVERSE) == (scan.RESET_FORWARD, scan.RESET_REVERSE)
+def is_prefix_lm(text, prefix, label, tok):
+    assert np.array_equal([*prefix, *label], text) and len(prefix) == len(text) * 3 // 4
 
 
-# --------------------------------------------------------------------------------------- samples
-def places(text, part):
-    """Every place where `part` begins in `text`; both are strings of one character a token."""
-    found = [text.find(part)]
-    while found[-1] >= 0:
-        found.append(text.find(part, found[-1] + 1))
-    return found[:-1]
+def is_copying(text, prefix, label, tok):
+    assert np.array_equal(prefix, text) and np.array_equal(label, text)
 
 
-def check_selective_copying(arm, text, prefix, label, tok):
-    string = "".join(map(chr, prefix))
+def is_deshuffling(text, prefix, label, tok, shuffled):
+    assert np.array_equal(label, text) and sorted(prefix) == text.tolist()
+    assert (prefix != text).sum() == len(text) * shuffled // 100
+
+
+def is_masked(text, prefix, masked, mean_span):
+    """The right share of the text is masked, in spans of the right mean size."""
+    n_spans, n_masked = (prefix < 10_000).sum(), len(text) - (prefix >= 10_000).sum()
+    assert 0 <= len(text) * masked / 100 - n_masked < 1 or n_masked == 1
+    assert abs(n_spans - n_masked / mean_span) <= 0.5 or n_spans == 1
+
+
+def is_infilling(text, prefix, label, tok, masked, mean_span):
+    is_masked(text, prefix, masked, mean_span)
+    answers = np.split(label, np.flatnonzero(label < 10_000))[1:]
+    answers = {answer[0]: answer[1:] for answer in answers}
+    assert list(answers) == tok.MASKS[:len(answers)].tolist() and all(map(len, answers.values()))
+    restored = [answers.get(token, [token]) for token in prefix]
+    assert np.array_equal(np.concatenate(restored), text)
+
+
+def is_autoencoding(text, prefix, label, tok, masked, mean_span, shuffled=False):
+    is_masked(text, prefix, masked, mean_span)
+    gaps = [part[part != tok.MASK] for part in np.split(prefix, np.flatnonzero(prefix == tok.MASK))]
+    firsts = [gap[0] for gap in gaps if len(gap)]
+    assert all((np.diff(gap) == 1).all() for gap in gaps) and np.array_equal(label, text)
+    if not shuffled or len(firsts) == len(gaps) > 1:        # no gap without a token may hide a move
+        assert (firsts == sorted(firsts)) == (not shuffled)
+
+
+def is_selective_copying(text, prefix, label, tok, n_spans, query):
+    """As strings of one character a token: the form, and that each question has one answer."""
+    string, text, label = ("".join(map(chr, part)) for part in (prefix, text, label))
     copy, start, end, context = map(chr, (tok.COPY, tok.START, tok.END, tok.CONTEXT))
-    form = f"{copy}((?:{start}[^{end}]+{end}[^{start}{context}]+)+)", f"{context}([^{copy}]+)"
-    before = re.fullmatch(form[0] + form[1], string, re.S)
-    after = re.fullmatch(form[1] + form[0], string, re.S)
-    assert before if arm.query == "before" else after
-    query, text_found = before.groups() if before else after.groups()[::-1]
-    assert arm.shortest <= len(text_found) <= arm.longest and text_found in "".join(map(chr, text))
-    answers = "".join(map(chr, label)).split(chr(tok.DONE))
-    assert answers.pop() == "" and len(answers) == arm.n_spans == arm.n_done
-    covered = set()
-    for question, answer in zip(query.split(start)[1:], answers, strict=True):
-        delimiter, closing = question.split(end)
-        assert 1 <= len(delimiter) <= 16 and 1 <= len(closing) <= 8 and 4 <= len(answer) <= 32
-        where = places(text_found, delimiter)
-        assert len(where) == 1                                          # exactly one answer
-        first = where[0] + len(delimiter)
-        assert text_found[first:text_found.index(closing, first)] == answer
-        assert not covered & set(range(first, first + len(answer)))
-        covered |= set(range(first, first + len(answer)))
+    parts = [f"{copy}((?:{start}[^{end}]+{end}[^{start}{context}]+)+)", f"{context}([^{copy}]+)"]
+    turn = 1 if query == "before" else -1
+    found = re.fullmatch("".join(parts[::turn]), string, re.S)
+    questions, context = found.groups()[::turn]
+    arm = Arm("selective_copying", 0, 0, dict(n_spans=n_spans, query=query))
+    whole = len(prefix) + len(label) + 2 == positions(arm, len(text))
+    assert context in text and (whole or context == text)       # cut only where there is no room
+    questions, answers, covered = questions.split(start)[1:], label.split(chr(tok.DONE)), set()
+    assert len(questions) == len(answers) == n_spans
+    for question, answer in zip(questions, answers):
+        before, after = question.split(end)
+        assert 1 <= len(before) <= 16 and 1 <= len(after) <= 8 and 4 <= len(answer) <= 32
+        place, = (i for i in range(len(context)) if context.startswith(before, i))
+        first = place + len(before)
+        assert context[first:context.index(after, first)] == answer
+        span = set(range(first, first + len(answer)))
+        assert not covered & span
+        covered |= span
 
 
-def check_masking(arm, text, prefix, label, tok):
-    masked, n_spans = n_masked(arm, len(text))
-    is_mask = np.isin(prefix, tok.MASKS if arm.cls == "infilling" else tok.MASK)
-    assert is_mask.sum() == n_spans == max(1, round(masked / arm.mean_span))
-    assert len(text) - (~is_mask).sum() == masked
-    assert abs(masked / len(text) - arm.masked / 100) <= max(0.02, 1 / len(text))
-    if arm.cls == "infilling":                                          # undone exactly
-        spans = {}
-        for token in label[:-1].tolist():
-            if token >= tok.MASKS[0]:
-                spans[token] = current = []
-            else:
-                current.append(token)
-        assert all(spans.values()) and list(spans) == tok.MASKS[:n_spans].tolist()
-        restored = [t for token in prefix.tolist() for t in spans.get(token, [token])]
-        assert np.array_equal(restored, text)
-    else:
-        assert np.array_equal(label[:-1], text)
-        gaps = np.split(prefix, np.flatnonzero(is_mask))
-        gaps, whole = ["".join(map(chr, gap[gap != tok.MASK])) for gap in gaps], "".join(map(chr, text))
-        assert all(gap in whole for gap in gaps)
+EXACT = {"next_token_prediction": is_next_token_prediction, "prefix_lm": is_prefix_lm,
+         "selective_copying": is_selective_copying, "copying": is_copying,
+         "deshuffling": is_deshuffling, "infilling": is_infilling,
+         "autoencoding": is_autoencoding,
+         "autoencoding_deshuffling": functools.partial(is_autoencoding, shuffled=True)}
 
 
-def check(arm, text, prefix, label, tok):
-    assert len(prefix) + len(label) <= positions(arm, len(text) - arm.room)
-    if arm.cls == "next_token_prediction":
-        assert len(prefix) == 0 and np.array_equal(label, text)
-        return None
-    first = prefix[0] == tok.paradigm[arm.cls]
-    assert first or prefix[-1] == tok.paradigm[arm.cls]
-    prefix = prefix[1:] if first else prefix[:-1]
-    assert label[-1] == tok.DONE and (label == tok.DONE).sum() == arm.n_done
-    if arm.cls == "prefix_lm":
-        assert np.array_equal(np.append(prefix, label[:-1]), text) and len(prefix) == len(text) * 3 // 4
-    elif arm.cls == "selective_copying":
-        check_selective_copying(arm, text, prefix, label, tok)
-    elif arm.cls in ("copying", "deshuffling"):
-        assert np.array_equal(label[:-1], text)
-        assert np.array_equal(np.sort(prefix), np.sort(text))
-        assert arm.cls == "deshuffling" or np.array_equal(prefix, text)
-    else:
-        check_masking(arm, text, prefix, label, tok)
-    return bool(first)
+@pytest.mark.parametrize("block_size", [128, 512, 2048])
+@pytest.mark.parametrize("cls", EXACT)
+def test_every_sample_is_exactly_what_its_class_says(cls, block_size, tok, corpus):
+    rng, firsts = np.random.default_rng(block_size), []
+    found = [arm for arm in arms(block_size) if arm.cls == cls]
+    for arm in found * (400 // len(found)):
+        n = int(rng.integers(arm.shortest, arm.longest + 1))
+        distinct = None if cls == "selective_copying" else 10_000 + np.arange(n)
+        text, prefix, label = a_sample(arm, n, rng, tok, corpus, distinct)
+        if cls != "next_token_prediction":
+            firsts.append(prefix[0] == tok.paradigm[cls])
+            prefix, label = prefix[1:] if firsts[-1] else prefix[:-1], label[:-1]
+        EXACT[cls](text, prefix, label, tok, **arm.options)
+    assert not firsts or abs(np.mean(firsts) - 0.5) < 0.1           # section A.7
 
 
-@pytest.mark.parametrize("block_size", [2048, 512, 256])
-def test_samples_of_every_arm_are_what_they_should_be(block_size, tok, corpus):
-    rng, firsts, lost = np.random.default_rng(block_size), [], 0
-    for arm in arms(block_size) * 36:                                   # 3 x 3,456 samples
-        n = int(rng.integers(arm.shortest, arm.longest + 1)) + arm.room
-        text = corpus.window("train", int(rng.integers(corpus.size["train"] - n)), n)
-        try:
-            firsts.append(check(arm, text, *make_sample(arm, text, rng, tok), tok))
-        except NotUnique:
-            lost += 1
-    assert lost < 0.01 * len(firsts)
-    assert abs(np.mean([f for f in firsts if f is not None]) - 0.5) < 0.04
-
-
-def test_shuffles_move_the_share_they_should(tok):
-    rng = np.random.default_rng(0)
-    for arm in arms(2048):
-        text = 10_000 + np.arange(arm.shortest)                         # distinct, so moves can be counted
-        if arm.cls == "deshuffling":
-            prefix, _ = make_sample(arm, text, rng, tok)
-            prefix = prefix[prefix >= 10_000]
-            assert abs((prefix != text).mean() - arm.shuffled / 100) < 0.02
-        if arm.cls in ("autoencoding", "autoencoding_deshuffling"):
-            prefix, _ = make_sample(arm, text, rng, tok)
-            in_order = (np.diff(prefix[prefix >= 10_000]) > 0).all()
-            assert in_order == (arm.cls == "autoencoding")
-
-
-def test_questions_come_in_any_order(tok):
-    arm, rng = Arm("selective_copying", 384, 768, n_spans=2, query="after"), np.random.default_rng(0)
-    labels = [make_sample(arm, 10_000 + np.arange(600), rng, tok)[1] for _ in range(100)]
+def test_questions_come_in_any_order_and_not_of_text_that_repeats_itself(tok):
+    arm = Arm("selective_copying", 384, 768, dict(n_spans=2, query="after"))
+    rng, text = np.random.default_rng(0), 10_000 + np.arange(600)
+    labels = [make_sample(arm, text, rng, tok)[1] for _ in range(100)]
     assert 30 < sum(label[0] < label[-2] for label in labels) < 70
-
-
-def test_text_that_repeats_itself_or_has_the_wrong_length_is_refused(tok):
-    arm = next(arm for arm in arms(2048) if arm.n_spans == 4)
     with pytest.raises(NotUnique):
-        make_sample(arm, np.zeros(arm.shortest + arm.room, int), np.random.default_rng(0), tok)
-    with pytest.raises(ValueError, match="takes .* tokens of text, not 10"):
-        make_sample(arm, np.arange(10), np.random.default_rng(0), tok)
+        make_sample(arm, np.zeros(600, int), rng, tok)
 
 
-# --------------------------------------------------------------------------------------- batches
+def test_a_prompt_is_asked_as_the_samples_of_its_class_are(tok):
+    for cls in CLASSES[1:]:
+        prefix, causal = as_prompt(cls, "a ___ c", tok)
+        assert prefix[0] == tok.paradigm[cls] and causal == [tok.GEN]
+    infilling, _ = as_prompt("infilling", "a___b___", tok)
+    assert tok.decode(infilling) == "<INFILLING>a<MASK_0>b<MASK_1>"
+    copying, _ = as_prompt("selective_copying", "a: bc", tok, ": ", "c")
+    assert tok.decode(copying) == "<SELECTIVE_COPYING><COPY><START>: <END>c<CONTEXT>a: bc"
+    with one_line("0 gaps; write 1 to 256 as ___"):
+        as_prompt("infilling", "no gap", tok)
+
+
+# ---- packing ------------------------------------------------------------------------------------
+
+KINDS = (0.2, 3, 9), (0.3, 20, 40), (0.5, 55, 60)       # share, least size, largest size
+
+
+def largest_z(packer, n_draws=40_000):
+    """How far the shares and the mean size of what is packed are off, in standard errors."""
+    shares, low, high = np.array(KINDS).T
+    rng, packed = np.random.default_rng(0), []
+
+    def draw():
+        kind = rng.choice(3, p=shares)
+        return kind, int(rng.integers(low[kind], high[kind] + 1)), low[kind]
+
+    while len(packed) < n_draws:
+        rows = packer(4, 100, low[2], draw)
+        assert all(low[[kind for kind, _ in row]].sum() <= 100 for row in rows if row)  # fits
+        packed += [thing for row in rows for thing in row]
+    kinds, sizes = np.array(packed).T
+    counts = np.bincount(kinds.astype(int))
+    z = (counts - shares * len(kinds)) / np.sqrt(shares * (1 - shares) * len(kinds))
+    z_size = (sizes.mean() - shares @ (low + high) / 2) / sizes.std() * np.sqrt(len(sizes))
+    return max(*abs(z), abs(z_size))
+
+
+def drops_what_does_not_fit(n_rows, block_size, largest, draw):
+    """A packer as one writes it at first: it ends with the first thing that finds no room."""
+    rows, room = [[] for _ in range(n_rows)], np.full(n_rows, block_size)
+    while True:
+        thing, size, least = draw()
+        if room.max() < least:
+            return rows
+        rows[room.argmax()].append((thing, size))
+        room[room.argmax()] -= least
+
+
+def test_what_is_packed_has_the_shares_and_sizes_that_were_drawn():
+    """Wald's identity. The packer that drops one thing a batch is found out by the same test."""
+    assert largest_z(pack) < 3.5
+    assert largest_z(drops_what_does_not_fit) > 10
+
+
+def actions(found):
+    """By name: every arm alike; every class alike; half of the samples from one class."""
+    counts = collections.Counter(arm.cls for arm in found)
+    alike = np.array([1 / len(counts) / counts[arm.cls] for arm in found])
+    half = np.array([arm.cls == "selective_copying" for arm in found])
+    focus = 0.5 * np.where(half, alike / alike[half].sum(), alike / alike[~half].sum())
+    return {"uniform": np.full(len(found), 1 / len(found)), "fixed": alike, "focus": focus}
+
+
+@pytest.mark.parametrize("action", ["uniform", "fixed", "focus"])
+def test_every_arm_has_the_share_of_the_action(action, batches, monkeypatch):
+    """Within four standard errors of 20,000 draws, in the batches that are trained on."""
+    action, drawn = actions(batches.arms)[action], []
+
+    def recorded(*args):
+        drawn.extend(k for row in pack(*args) for k, _ in row)
+        return []
+
+    monkeypatch.setattr(objectives, "pack", recorded)
+    step = 0
+    while len(drawn) < 20_000:
+        batches.batch(0, 0, step, action, "train")
+        step += 1
+    counts = np.bincount(drawn, minlength=len(action))
+    error = np.sqrt(len(drawn) * action * (1 - action))
+    assert (abs(counts - len(drawn) * action) < 4 * error).all()
+
+
+@pytest.mark.parametrize("block_size, rows", SIZES)
+def test_rows_are_full_and_hold_all_that_was_drawn(block_size, rows, corpus, tok, monkeypatch):
+    batches, packed = Batches(corpus, tok, block_size, rows), []
+    monkeypatch.setattr(objectives, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+    for name, action in actions(batches.arms).items():
+        full = []
+        for step in range(500 // rows):
+            batch = batches.batch(0, 0, step, action, "train")
+            full.append((batch["arm"] >= 0).mean())
+            begins = (batch["reset"] & 1 > 0) & (batch["arm"] >= 0)
+            found = [arm[begin].tolist() for arm, begin in zip(batch["arm"], begins)]
+            assert found == [[k for k, _ in row] for row in packed[-1]]
+        assert np.mean(full) > 0.95, name
+
+
+@pytest.mark.parametrize("block_size, rows", SIZES)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_rows_of_a_single_arm_are_full_too(cls, block_size, rows, corpus, tok):
+    """At 128, 92% for selective copying, of which three samples rarely fit, and 98% or more for the
+    paper's other classes; its worst arm has 80%. At 2048, 97% and 99%."""
+    batches = Batches(corpus, tok, block_size, rows)
+    made = [batches.batch(0, 0, 0, only, "train") for arm, only in
+            zip(batches.arms, np.eye(len(batches.arms))) if arm.cls == cls]
+    full = [(batch["arm"] >= 0).mean() for batch in made]
+    assert np.mean(full) > 0.9 and min(full) > 0.7, full
+    if cls == "next_token_prediction":                  # a row is one text, not several shorter
+        assert ((made[0]["reset"] & 1).sum(1) == 1).all()
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
 def test_a_batch_is_laid_out_as_the_model_reads_it(batches, tok):
+    assert (objectives.RESET_FORWARD, objectives.RESET_REVERSE, IGNORE) == (
+        model.RESET_FORWARD, model.RESET_REVERSE, model.IGNORE) == (1, 2, -100)
     for step in range(10):
         batch = batches.batch(0, 0, step, uniform(batches), "train")
-        assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
-            "tokens": ("int64", (8, 2048)), "targets": ("int64", (8, 2048)), "reset": ("uint8", (8, 2048)),
-            "arm": ("int16", (8, 2048))}
+        assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
+            "tokens": ("int64", (16, 128)), "targets": ("int64", (16, 128)),
+            "reset": ("uint8", (16, 128)), "arm": ("int16", (16, 128))}
         for tokens, targets, reset, arm in zip(*batch.values()):
-            padding = arm < 0
-            assert (tokens[padding] == tok.PAD).all() and (reset[padding] == 3).all()
-            assert (targets[padding] == IGNORE).all() and not (np.diff(padding.astype(int)) < 0).any()
-            starts = np.flatnonzero((reset & 1 > 0) & ~padding)
+            n = (arm >= 0).sum()                                    # padding is at the end
+            assert (arm[n:] == -1).all() and (tokens[n:] == tok.PAD).all()
+            assert (targets[n:] == IGNORE).all() and (reset[n:] == 3).all()
+            starts = np.flatnonzero(reset[:n] & 1)
             assert starts[0] == 0
-            for start, end in zip(starts, np.append(starts[1:], (~padding).sum())):
-                gen = start + np.flatnonzero(tokens[start:end] == tok.GEN)
-                assert len(gen) == 1 and len(set(arm[start:end])) == 1
-                label = targets[gen[0]:end]
-                assert (targets[start:gen[0]] == IGNORE).all() and (label >= 0).all()
-                assert np.array_equal(tokens[gen[0] + 1:end], label[:-1])
-                assert (reset[start:gen[0]] & 2 == 0).all() and (reset[gen[0]:end] & 2 > 0).all()
-                assert (arm[start] == 0) == (gen[0] == start)            # only that class has no prefix
-
-
-def test_rows_are_full_whatever_the_action(batches):
-    for action in [uniform(batches), *np.eye(len(batches.arms))]:
-        for step in range(2):
-            full = (batches.batch(0, 0, step, action, "train")["arm"] >= 0).mean()
-            assert full >= 0.97, (batches.arms[action.argmax()].name, full)
-
-
-def actions(batches):
-    counts = collections.Counter(arm.cls for arm in batches.arms)
-    yield uniform(batches)
-    yield np.array([1 / 8 / counts[arm.cls] for arm in batches.arms])
-    for seed in range(4):
-        yield np.random.default_rng(seed).dirichlet(np.full(len(batches.arms), 0.1))
-
-
-@pytest.mark.parametrize("batch_size", [8, 32])
-def test_the_share_of_each_arm_is_the_actions(batch_size, corpus, tok):
-    batches = Batches(corpus, tok, 2048, batch_size)
-    for action in actions(batches):
-        n = batches._count(action.tobytes())
-        drawn, offsets = np.zeros(len(action)), (np.arange(400) + 0.5) / 400
-        for u in offsets:
-            chosen = batches._choose(action, n, u)
-            placed = batches._place(chosen)
-            drawn += np.bincount(chosen[placed >= 0], minlength=len(action))
-        assert abs(drawn / drawn.sum() - action).sum() / 2 < 0.005, (n, drawn.sum())
-
-
-def test_next_token_prediction_fills_its_rows(batches):
-    batch = batches.batch(0, 0, 0, np.eye(len(batches.arms))[0], "val")
-    assert (batch["arm"] == 0).all() and ((batch["reset"] & 1).sum(1) == 1).all()
-
-
-def test_batches_go_to_spawned_workers_without_their_text(batches):
-    assert len(pickle.dumps(batches)) < 100_000
+            for start, end in zip(starts, [*starts[1:], n]):
+                gen = start + int(np.flatnonzero(tokens[start:end] == tok.GEN).item())
+                label = targets[gen:end]
+                assert len(set(arm[start:end])) == 1
+                assert (targets[start:gen] == IGNORE).all() and (label >= 0).all()
+                assert np.array_equal(tokens[gen + 1:end], label[:-1])
+                assert not (reset[start:gen] & 2).any() and (reset[gen:end] & 2 > 0).all()
 
 
 def digest(batch):
-    return hashlib.sha256(b"".join(np.asarray(batch[key]).tobytes() for key in sorted(batch))).hexdigest()
+    parts = [np.asarray(batch[key]).tobytes() for key in sorted(batch)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def test_a_batch_depends_on_its_arguments_only(batches):
-    action = uniform(batches)
-    calls = [(0, 0, 0, "train"), (1, 0, 0, "train"), (0, 1, 0, "train"), (0, 0, 1, "train"), (0, 0, 0, "val")]
-    first = [digest(batches.batch(*c[:3], action, c[3])) for c in calls]
-    assert len(set(first)) == len(calls)
-    assert first[::-1] == [digest(batches.batch(*c[:3], action, c[3])) for c in calls[::-1]]
+    calls = [(0, 0, 0, "train"), (1, 0, 0, "train"), (0, 1, 0, "train"), (0, 0, 1, "train"),
+             (0, 0, 0, "val")]
+    found = {call: digest(batches.batch(*call[:3], uniform(batches), call[3])) for call in calls}
+    assert len(set(found.values())) == len(calls)
+    for call in calls[::-1]:
+        assert found[call] == digest(batches.batch(*call[:3], uniform(batches), call[3]))
+    assert len(pickle.dumps(batches)) < 100_000     # spawned workers get it without the text
 
 
-def test_workers_and_other_processes_give_the_same_bytes(batches):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")   # on fewer cores
+def test_workers_and_other_processes_make_the_same_bytes(batches):
     one_hot = np.eye(len(batches.arms))[5]
-    expected = [digest(batches.batch(3, 1, step, uniform(batches) if step < 9 else one_hot, "train"))
-                for step in range(5, 12)]
+    actions = [uniform(batches)] * 4 + [one_hot] * 3
+    expected = [digest(batches.batch(3, 1, step, action, "train"))
+                for step, action in enumerate(actions, 5)]
     for workers in (0, 1, 3):
         loader = Loader(batches, seed=3, rank=1, workers=workers)
         found = [*loader.steps(5, 9, uniform(batches)), *loader.steps(9, 12, one_hot)]
         assert [digest(batch) for batch in found] == expected
-        assert isinstance(found[0]["tokens"], torch.Tensor) and found[0]["reset"].dtype == torch.uint8
-    code = ("import numpy as np; from objectives import *; from tests.test_objectives import digest; "
-            't = Tokenizer("bytes", 256); b = Batches(Corpus("stdlib", t), t, 2048, 8); '
-            'print(digest(b.batch(3, 1, 5, np.full(96, 1 / 96), "train")))')
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == expected[0]
+        assert all(isinstance(array, torch.Tensor) for array in found[0].values())
+    code = ("from tests.test_objectives import *; t = Tokenizer('bytes', 256); "
+            "b = Batches(Corpus('stdlib', t), t, 128, 16); "
+            "print(digest(b.batch(3, 1, 5, uniform(b), 'train')))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert out.stdout.split()[-1] == expected[0]
 
 
-# ------------------------------------------------------------------------------- tokens and text
+def test_workers_leave_ctrl_c_to_the_training_process(batches):
+    steps = Loader(batches, seed=3, workers=1).steps(0, 20, uniform(batches))
+    next(steps)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(steps)) == 19
+
+
+# ---- text to tokens -----------------------------------------------------------------------------
+
 def test_any_text_survives_the_tokenizer(tok):
     points = np.random.default_rng(0).integers(1, 0x110000, 5000)
-    text = "".join(chr(c) for c in points if not 0xD800 <= c < 0xE000) + "\0 <GEN> <|endoftext|>\r\n\n"
+    text = "".join(chr(c) for c in points if not 0xD800 <= c < 0xE000)
+    text += "\0 <GEN> <|endoftext|>\r\n\n"
     assert tok.decode(tok.encode(text)) == text
     assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
-    assert tok.decode([tok.GEN, *tok.encode("é"), tok.MASKS[7], tok.paradigm["copying"]]) == "<GEN>é<MASK_7><COPYING>"
-    assert len(set(tok.special_names)) == tok.vocab_size - tok.n_text == 9 + 7 + 256
+    mixed = [tok.GEN, *tok.encode("é"), tok.MASKS[7], tok.paradigm["copying"]]
+    assert tok.decode(mixed) == "<GEN>é<MASK_7><COPYING>"
+    assert len(set(tok.special_names)) == tok.vocab_size - 256 == 9 + len(CLASSES) - 1 + 256
 
 
-def test_an_id_without_text_is_shown_as_such():
+def test_an_id_without_text_is_left_out(monkeypatch):
+    """cl100k_base skips some, as this one does 101."""
+    ranks = {bytes([i]): i + (i > 100) for i in range(256)}
+    gap = objectives.tiktoken.Encoding("", pat_str=".", mergeable_ranks=ranks, special_tokens={})
     tok = Tokenizer("bytes", 8)
-    ranks = {bytes([i]): i + (i > 100) for i in range(256)}             # like cl100k_base, skips an id
-    tok._encoding = objectives.tiktoken.Encoding("gap", pat_str=".", mergeable_ranks=ranks, special_tokens={})
-    assert tok.decode([tok.GEN, 101, tok.DONE, 100, 101, 100]) == "<GEN><?><DONE>d<?>d"
+    monkeypatch.setattr(tok, "encoding", gap)
+    assert tok.decode([tok.GEN, 101, tok.DONE, 100, 101]) == "<GEN><DONE>d"
 
 
-@pytest.fixture
-def ranks_file(tmp_path):
-    ranks = [bytes([i]) for i in range(256)] + [b"12", b"th", b"the"]
+def test_a_tiktoken_file_works_and_digits_stay_single(tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [b"12", b"th", b"the"]
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)]
     path = tmp_path / "small.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks)))
-    return path
+    path.write_bytes(b"".join(lines))
+    old = Tokenizer(str(path), 8)
+    assert old.n_text == 259
+    assert old.encode("the 12").tolist() == [258, ord(" "), ord("1"), ord("2")]
+    path.write_bytes(b"".join(lines) + base64.b64encode(b"zz") + b" 259\n")
+    new = Tokenizer(str(path), 8)
+    assert new.n_text == 260 and new.fingerprint != old.fingerprint
 
-
-def test_a_tiktoken_file_works_and_leaves_digits_alone(ranks_file):
-    tok = Tokenizer(str(ranks_file), 8)
-    assert tok.n_text == 259 and tok.encode("the 12").tolist() == [258, ord(" "), ord("1"), ord("2")]
-    old = tok.fingerprint
-    ranks_file.write_bytes(ranks_file.read_bytes() + base64.b64encode(b"zz") + b" 259\n")
-    assert Tokenizer(str(ranks_file), 8).n_text == 260 and Tokenizer(str(ranks_file), 8).fingerprint != old
-
-
-def stream(corpus, split):
-    return corpus.window(split, 0, corpus.size[split])
-
-
-@pytest.mark.parametrize("kind", ["folder", "glob", "jsonl"])
-def test_no_document_is_in_training_and_validation(kind, tok, tmp_path):
-    documents = [f"document {i} " * (1 + i % 7) for i in range(300)]
-    if kind == "jsonl":
-        lines = [json.dumps({"text": text}) for text in documents + documents]  # every one twice
-        (tmp_path / "all.jsonl").write_text("\n\n".join(lines))
-    else:
-        for i, text in enumerate(documents):
-            (tmp_path / f"{i}.txt").write_text(text)
-            (tmp_path / f".{i}").write_bytes(b"\xff hidden")
-    corpus = Corpus(str({"folder": tmp_path, "glob": tmp_path / "*.txt", "jsonl": tmp_path / "all.jsonl"}[kind]), tok)
-    train, val = (set(tok.decode(stream(corpus, s)).split("<END_OF_TEXT>")[1:]) for s in ("train", "val"))
-    assert not train & val and train | val == set(documents) and 3 <= len(val) <= 40
-
-
-def test_one_document_is_split_by_position_in_bounded_memory(tok, tmp_path):
-    text = "".join(map(str, range(1_600_000)))                          # one line of 10 MB
-    (tmp_path / "line.txt").write_text(text)
-    tracemalloc.start()
-    corpus = Corpus(str(tmp_path / "line.txt"), tok)
-    assert tracemalloc.get_traced_memory()[1] < 8e6
-    tracemalloc.stop()
-    assert np.array_equal(np.append(stream(corpus, "train"), stream(corpus, "val"))[1:], tok.encode(text))
-    assert 0.04 < corpus.size["val"] / corpus.size["train"] < 0.06
-
-
-def test_numpys_tables_are_a_corpus_of_digits_and_their_absence_is_said(monkeypatch, tmp_path):
-    tok = Tokenizer("bpe2048", 16)
-    corpus = Corpus("tables", tok)
-    ids = np.append(stream(corpus, "train"), stream(corpus, "val"))
-    digits = np.isin(ids, [int(tok.encode(str(digit))[0]) for digit in range(10)]).mean()
-    assert len(ids) > 1_000_000 and digits > 0.4 and "np.float32,0x" in tok.decode(ids[:5000])
-    monkeypatch.setattr(np, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="no file at .*'tables' for numpy's"):
-        Corpus("tables", tok)
-
-
-def test_odd_text_is_kept(tok, tmp_path):
-    (tmp_path / "odd.jsonl").write_text('{"text": "a\\u0000b\\ud800c"}\n\n{"text": ""}\n{"text": "\\r\\n"}')
-    corpus = Corpus(str(tmp_path / "odd.jsonl"), tok)
-    joined = np.append(stream(corpus, "train"), stream(corpus, "val"))
-    assert tok.decode(joined) == "<END_OF_TEXT>a\0b\ufffdc<END_OF_TEXT>\r\n"
-    (tmp_path / "odd.txt").write_bytes(b"\xef\xbb\xbfa\0\r\nb\rc\n")  # begins with a byte order mark
-    corpus = Corpus(str(tmp_path / "odd.txt"), tok)
-    assert tok.decode(np.append(stream(corpus, "train"), stream(corpus, "val"))) == "<END_OF_TEXT>a\0\r\nb\rc\n"
-
-
-def test_text_is_tokenised_once_also_by_two_at_a_time(tok, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("some text " * 100_000)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: Corpus(str(tmp_path / "a.txt"), tok), range(4)))
-    assert len({corpus.paths["train"] for corpus in found}) == 1
-    monkeypatch.setattr(objectives, "_tokenise", None)                  # the cache is read, not made again
-    Corpus(str(tmp_path / "a.txt"), tok)
-    assert {len(name) for name in os.listdir(os.path.join(os.environ["XDG_CACHE_HOME"], "birdie"))} == {24}
-
-
-def test_nanogpt_folders_are_read_as_they_are(tok, tmp_path):
-    ids = {"train": np.arange(5000) % 256, "val": np.arange(3000) % 255}
-    for split in ids:
-        ids[split].astype(np.uint16).tofile(tmp_path / f"{split}.bin")
-    corpus = Corpus(str(tmp_path), tok)
-    assert all(np.array_equal(stream(corpus, split), ids[split]) for split in ids)
-
-
-BAD_DATA = {
-    "missing": ({}, "no.txt", "no file at"),
-    "glob without a match": ({}, "*.txt", "no file at"),
-    "empty folder": ({}, "", "no file at"),
-    "only hidden files": ({".a": b"text"}, "", "no file at"),
-    "empty file": ({"a.txt": b""}, "a.txt", "no text in"),
-    "folder of empty files": ({"a.txt": b"", "b.txt": b""}, "", "no text in"),
-    "binary junk": ({"a.txt": bytes(range(256))}, "a.txt", "not UTF-8"),
-    "junk among text": ({"a.txt": b"text", "b.png": b"\x89PNG\xff"}, "", "b.png is not UTF-8"),
-    "utf-16": ({"a.txt": "text".encode("utf-16")}, "a.txt", "not UTF-8"),
-    "JSON without text": ({"a.jsonl": b'{"text": "a"}\n{"body": "b"}'}, "a.jsonl", "line 2 is not like"),
-    "JSON text not a string": ({"a.jsonl": b'{"text": ["a"]}'}, "a.jsonl", "line 1 is not like"),
-    "no JSON": ({"a.jsonl": b"hello"}, "a.jsonl", "line 1 is not like"),
-    "blank JSON lines": ({"a.jsonl": b"\n\n"}, "a.jsonl", "no text in"),
-    "odd bytes": ({"train.bin": b"abc", "val.bin": b"ab"}, "", "train.bin is .*3 bytes"),
-    "no val.bin": ({"train.bin": b"a\0"}, "", "val.bin is missing"),
-    "empty train.bin": ({"train.bin": b"", "val.bin": b"a\0"}, "", "train.bin is .*0 bytes"),
-    "ids above the vocabulary": ({"train.bin": b"\xff\xff", "val.bin": b"a\0"}, "", "token 65535, .* --tokenizer"),
-}
-
-
-@pytest.mark.parametrize("files, data, message", BAD_DATA.values(), ids=BAD_DATA)
-def test_bad_text_ends_in_one_line(files, data, message, tok, tmp_path):
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        Corpus(f"{tmp_path}/{data}", tok)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content, message", [
-    (None, "neither"), (b"", "no .tiktoken file"), (b"\xff\x00 junk", "no .tiktoken file"),
-    (b"YQ== 0\n", "no .tiktoken file"), (b"YQ== 0 1\n", "no .tiktoken file")])
-def test_bad_tokenizers_end_in_one_line(content, message, tmp_path):
-    path = tmp_path / "bad.tiktoken"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        Tokenizer(str(path))
-    assert "\n" not in str(error.value)
-
-
-def test_what_cannot_be_used_says_so_in_one_line(tok, tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError("no network")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be downloaded"):
-        patch.setattr(objectives.tiktoken, "get_encoding", fails)
-        Tokenizer("gpt2")
-    with pytest.raises(ValueError, match="pass --block_size 64 or more"):
-        arms(32)
-    with pytest.raises(ValueError, match="make it with 256"):
-        Batches(None, Tokenizer("bytes", 255), 2048, 8)
-    (tmp_path / "a.txt").write_text("too little")
-    with pytest.raises(ValueError, match="more text as --data"):
-        Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 256, 8)
-    (tmp_path / "a.txt").write_text("a" * 100_000)
-    batches = Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 256, 8)
-    with pytest.raises(ValueError, match="pass other --data"):
-        batches.batch(0, 0, 0, uniform(batches), "train")
-    with pytest.raises(ValueError, match="an action is 96 probabilities"):
-        batches.batch(0, 0, 0, np.ones(3) / 3, "train")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.txt"))
-    (tmp_path / "b.txt").write_text("a cache that is a file")
-    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
-        Corpus(str(tmp_path / "b.txt"), tok)
-
-
-def test_the_demonstration_runs(capsys):
-    objectives.demo()
-    out = capsys.readouterr().out
-    assert all(f"{cls}\n  Input" in out for cls in CLASSES) and "<GEN>" in out and "tokens/s" in out
-
-
-# ---- the vocabulary that comes with the project ----
 
 def test_the_shipped_vocabulary_keeps_digits_single_and_shortens_text():
-    tok = Tokenizer("bpe2048", 8)
-    text = open(os.path.join(ROOT, "objectives.py")).read()
+    tok, text = Tokenizer("bpe2048", 8), (ROOT / "objectives.py").read_text()
     assert tok.n_text == 2048 and tok.decode(tok.encode(text)) == text
     assert len(text.encode()) > 2.5 * len(tok.encode(text))
     assert [tok.decode([i]) for i in tok.encode("669-174")] == list("669-174")
 
 
 def test_a_vocabulary_is_learnt_by_merging_the_most_frequent_pair(tmp_path):
-    """make_vocabulary.py against recounting every pair for every token."""
-    text, out = "low lower lowest newer newest wider widest the the then 1212 " * 3, tmp_path / "own.tiktoken"
+    """experiments/make_vocabulary.py against recounting every pair for every token."""
+    text = "low lower lowest newer newest wider widest the the then 1212 " * 3
     (tmp_path / "text.txt").write_text(text)
-    subprocess.run([sys.executable, os.path.join(ROOT, "assets", "make_vocabulary.py"), "275", str(out),
-                    str(tmp_path / "text.txt")], check=True)
+    out = tmp_path / "own.tiktoken"
+    subprocess.run([sys.executable, ROOT / "experiments" / "make_vocabulary.py", "275", out,
+                    tmp_path / "text.txt"], check=True)
     made = [base64.b64decode(line.split()[0]) for line in out.read_text().splitlines()]
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(objectives.PATTERN, text)]
+    found = regex.findall(objectives.PATTERN, text)
+    words = [[bytes([b]) for b in word.encode()] for word in found]
     rank = {token: k for k, token in enumerate(made)}
     for new in made[256:]:
         pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -492,3 +489,163 @@ def test_a_vocabulary_is_learnt_by_merging_the_most_frequent_pair(tmp_path):
                 word[i:i + 2] = [new] if (word[i], word[i + 1]) == best else word[i:i + 2]
                 i += 1
     assert len(made) == 275 and Tokenizer(str(out), 8).n_text == 275
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+def read(path, tok, split=None):
+    """The text that a corpus of this file has, in both splits or in one."""
+    corpus = Corpus(str(path), tok)
+    splits = [split] if split else ["train", "val"]
+    return tok.decode(np.concatenate([corpus.window(s, 0, corpus.size[s]) for s in splits]))
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl"])
+def test_no_document_is_in_training_and_validation(kind, tok, tmp_path):
+    documents = [f"document {i % 300} " * (1 + i % 6) for i in range(600)]      # each twice
+    if kind == "jsonl":
+        path = tmp_path / "all.jsonl"
+        path.write_text("\n\n".join(json.dumps({"text": text}) for text in documents))
+    else:
+        path = tmp_path
+        for i, text in enumerate(documents):
+            (path / f"{i}.txt").write_text(text)
+            (path / f".{i}").write_bytes(b"\xff hidden")
+    train, val = (read(path, tok, split).split("<END_OF_TEXT>")[1:] for split in ("train", "val"))
+    assert not set(train) & set(val) and sorted(train + val) == sorted(documents)
+    assert 0.01 < len(val) / 600 < 0.2
+
+
+def test_a_short_text_is_split_by_position(tok, tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 100)
+    assert read(tmp_path / "a.txt", tok) == "<END_OF_TEXT>" + "0123456789" * 100
+    assert read(tmp_path / "a.txt", tok, "val") == "0123456789" * 5
+
+
+def test_a_long_line_is_kept_in_bounded_memory(tok, tmp_path, monkeypatch):
+    text = "".join(map(str, range(3_000_000)))                      # 20 MB
+    (tmp_path / "line.txt").write_text(text)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)                 # what is read ahead is for each
+    tracemalloc.start()
+    corpus = Corpus(str(tmp_path / "line.txt"), tok)
+    assert tracemalloc.get_traced_memory()[1] < 0.75 * len(text)
+    tracemalloc.stop()
+    assert sum(corpus.size.values()) == len(text) + 1
+    for split, size in corpus.size.items():
+        assert tok.decode(corpus.window(split, size - 1000, 1000)) in text
+
+
+def test_odd_text_is_kept_and_what_is_no_text_is_named(tok, tmp_path, capsys):
+    lines = '{"text": "a\\u0000b\\ud800c"}', "", '{"text": ""}', '{"text": "\\r"}'
+    (tmp_path / "1.jsonl").write_text("\n".join(lines))
+    (tmp_path / "2.txt").write_bytes(b"\xef\xbb\xbfa\0\r\nb\rc\n")      # after a byte order mark
+    (tmp_path / "3.png").write_bytes(b"\x89PNG\xff")
+    end = "<END_OF_TEXT>"
+    assert read(tmp_path, tok) == f"{end}a\0b\ufffdc{end}\r{end}a\0\r\nb\rc\n"
+    assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
+
+
+def test_numpys_tables_are_a_corpus_of_digits(monkeypatch, tmp_path):
+    text = read("tables", Tokenizer("bpe2048", 16))
+    assert len(text) > 1_000_000 and "np.float32,0x" in text[:5000]
+    assert sum(text.count(digit) for digit in "0123456789") > 0.4 * len(text)
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "__init__.py"))
+    with one_line("no file at 'tables'.*tables .numpy's"):
+        Corpus("tables", Tokenizer("bpe2048", 16))
+
+
+def test_packages_are_the_same_text_every_time(monkeypatch):
+    files = objectives.package_files()
+    assert files == objectives.package_files() and len(set(files)) == len(files) > 1000
+    assert {f.suffix for f in files if f.name != "RECORD"} <= objectives.PACKAGE_TEXT
+    assert not [f for f in files if "nvidia" in f.parts]
+    for names in (["numpy", "idna"], ["numpy", "no-such-package", "idna"]):
+        monkeypatch.setattr(objectives, "PACKAGES", names)
+        found = objectives.package_files()
+        assert set(found) < set(files) and found == sorted(found, key=files.index)
+
+
+def test_text_is_tokenised_once_by_four_at_a_time(tok, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text " * 20_000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: read(tmp_path / "a.txt", tok), range(4)))) == 1
+    assert len(os.listdir(tmp_path / "cache" / "birdie")) == 1
+    monkeypatch.setattr(objectives, "tokenise", None)               # it is read, not made again
+    Corpus(str(tmp_path / "a.txt"), tok)
+
+
+def test_nanogpt_folders_are_read_as_they_are(tok, tmp_path):
+    for split, text in {"train": b"for training " * 100, "val": b"for validation"}.items():
+        np.array(list(text), np.uint16).tofile(tmp_path / f"{split}.bin")
+    assert read(tmp_path, tok, "train") == "for training " * 100
+    assert read(tmp_path, tok, "val") == "for validation"
+
+
+# ---- what cannot be used ends in one line -------------------------------------------------------
+
+BAD_DATA = {        # files, data, message
+    "missing": ({}, "no.txt", "no file at"),
+    "empty folder": ({}, "", "no file at"),
+    "only hidden files": ({".a": b"text"}, "", "no file at"),
+    "empty file": ({"a.txt": b""}, "a.txt", "no text in"),
+    "binary junk": ({"a.txt": bytes(range(256))}, "a.txt", "no text in"),
+    "JSON without text": ({"a.jsonl": b'{"text": "a"}\n{"b": 1}'}, "a.jsonl", "line 2 is not"),
+    "JSON text no string": ({"a.jsonl": b'{"text": ["a"]}'}, "a.jsonl", "line 1 is not"),
+    "no JSON": ({"a.jsonl": b"hello"}, "a.jsonl", "line 1 is not"),
+    "odd bytes": ({"train.bin": b"abc", "val.bin": b"ab"}, "", "train.bin is .*not uint16"),
+    "no val.bin": ({"train.bin": b"a\0"}, "", "val.bin is missing"),
+    "ids too large": ({"train.bin": b"\xff\xff", "val.bin": b"a\0"}, "", "token 65535.* --tok"),
+}
+
+
+@pytest.mark.parametrize("files, data, message", BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_text_ends_in_one_line(files, data, message, tok, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with one_line(message):
+        Corpus(f"{tmp_path}/{data}", tok)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\0 junk", b"YQ== 0\n", b"YQ== 0 1\n"])
+def test_bad_tokenizers_end_in_one_line(content, tmp_path, monkeypatch):
+    (tmp_path / "bad.tiktoken").write_bytes(content)
+    with one_line("bad.tiktoken is no .tiktoken file"):
+        Tokenizer(str(tmp_path / "bad.tiktoken"))
+    with one_line("is unknown; pass bpe2048"):
+        Tokenizer(str(tmp_path / "missing.tiktoken"))
+
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(objectives.tiktoken, "get_encoding", offline)
+    with one_line("'gpt2' cannot be downloaded .OSError.; pass --tokenizer=bpe2048"):
+        Tokenizer("gpt2")
+
+
+def test_what_has_no_room_or_no_text_says_so_in_one_line(tok, tmp_path, monkeypatch):
+    with one_line("pass --block_size=64 or more"):
+        arms(32)
+    with one_line("n_masks=256"):
+        Batches(None, Tokenizer("bytes", 255), 2048, 8)
+    (tmp_path / "a.txt").write_text("too little")
+    with one_line("pass more text as --data"):
+        Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 256, 8)
+    (tmp_path / "a.txt").write_text("a" * 100_000)
+    batches = Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 128, 2)
+    with one_line("pass other --data"):
+        batches.batch(0, 0, 0, uniform(batches), "train")
+    for wrong in (np.ones(3) / 3, 2 * uniform(batches), -uniform(batches)):
+        with one_line("an action is .* probabilities"):
+            batches.batch(0, 0, 0, wrong, "train")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_text("a cache that is a file")
+    with one_line("set XDG_CACHE_HOME"):
+        Corpus(str(tmp_path / "b.txt"), tok)
+
+
+def test_the_demonstration_runs(capsys):
+    objectives.demo()
+    out = capsys.readouterr().out
+    assert all(f"{cls}\n  Input" in out for cls in CLASSES)
+    assert "<GEN>" in out and "tokens/s" in out

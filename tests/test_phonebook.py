@@ -1,11 +1,11 @@
-"""What the phone book promises: questions that the book answers, scores that mean what they say, books of the test
-that training never shows, one command that goes on where it stopped.   python -m pytest tests/test_phonebook.py"""
+"""A question is answered by its book; no entry of a test book is ever trained on; rows hold whole
+books and drop none; scores mean what they say; a fine-tuned model is scored again as it was.
+
+    python -m pytest tests/test_phonebook.py
+"""
 import json
-import os
 import re
-import shutil
-import subprocess
-from dataclasses import replace
+import types
 
 import numpy as np
 import pytest
@@ -13,19 +13,23 @@ import torch
 
 import eval_phonebook as pb
 import train
-from eval_phonebook import FIRST, LAST, Books, Config, Figure, digits_right, figure1, interval, main, score, write_book
+from eval_phonebook import FIRST, LAST, Books, digits_right, interval, main, score, write_book
 from model import LM, ModelConfig
-from objectives import RESET_FORWARD, Tokenizer
-from train import load_model
+from objectives import IGNORE, RESET_FORWARD, RESET_REVERSE, Tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOK = Tokenizer("bpe2048", 16)
-TINY = dict(preset="cpu", entries_min=1, entries_max=3, numbers_max=2, test_entries_min=3, test_entries_max=4, test_books=8,
-            max_steps=2, batch_size=2, block_size=256, workers=0, device="cpu")
+TINY = dict(entries_min=1, entries_max=3, numbers_max=2, test_entries_min=3, test_entries_max=4,
+            test_books=8, max_steps=2, batch_size=2, block_size=256, workers=0, device="cpu",
+            dtype="float32", compile="no")
 
 
 def flags(**settings):
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    return [f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in settings.items()]
+
+
+def make_books(**settings):
+    return Books(TOK, types.SimpleNamespace(**{**TINY, **settings}))
 
 
 def a_book(seed=0, n_entries=8, n_numbers=3, split="val"):
@@ -40,338 +44,302 @@ def asked_in(prompt):
     return re.findall(r"[A-Z]\w+ [A-Z]\w+", re.search(r"numbers for (.*)\?", prompt)[1])
 
 
-def read_book(prompts, n_numbers):
-    """Looks every number up."""
-    return [", ".join(dict(entries_of(prompt))[name] for name in asked_in(prompt)) for prompt in prompts]
+def oracle(prompts, n_numbers):
+    """Reads the book, and looks every number up."""
+    return [", ".join(dict(entries_of(prompt))[name] for name in asked_in(prompt))
+            for prompt in prompts]
 
 
-def books(n_numbers, n=400, n_entries=8):
-    return [a_book(seed, n_entries, n_numbers) for seed in range(n)]
-
-
-# ---- books ----
-
-def test_names_are_many_and_none_begins_another():
-    assert len(set(FIRST)) == len(FIRST) == 300 and len(set(LAST)) == len(LAST) == 300
-    assert not [(a, b) for a in FIRST + LAST for b in FIRST + LAST if a != b and b.startswith(a)]
-    assert not set(FIRST) & set(LAST)
-
-
+# The test to copy for a task of your own: whoever reads the prompt can answer it.
 @pytest.mark.parametrize("n_numbers", [1, 2, 3, 8])
-def test_a_book_is_question_book_question_and_answers_it(n_numbers):
+def test_the_answer_is_what_a_reader_finds_in_the_book(n_numbers):
     for seed in range(20):
         prompt, answer = a_book(seed, 8, n_numbers)
-        entries = entries_of(prompt)
-        assert len(entries) == len(dict(entries)) == 8
-        above = prompt.index("\n\nPhonebook:\n")
-        assert prompt[:above].replace("below", "above") == prompt[prompt.rindex("\n\n") + 2:]
+        assert len(entries_of(prompt)) == len(dict(entries_of(prompt))) == 8
         assert len(set(asked_in(prompt))) == n_numbers
-        assert read_book([prompt], n_numbers) == [answer]
+        assert oracle([prompt], n_numbers) == [answer]
 
 
-def test_the_question_reads_as_in_figure_9():
-    one, two, three = (a_book(0, 4, n)[0].splitlines()[0] for n in (1, 2, 3))
-    name = r"[A-Z]\w+ [A-Z]\w+"
-    end = r"\? Find them in the phonebook below\."
-    assert re.fullmatch(rf"What are the phone numbers for {name}{end}", one)
-    assert re.fullmatch(rf"What are the phone numbers for {name} and {name}{end}", two)
-    assert re.fullmatch(rf"What are the phone numbers for {name}, {name}, and {name}{end}", three)
+def test_a_book_by_hand():
+    """Figure 9: the question, the book, the question again."""
+    prompt, answer = a_book(1, 4, 3)
+    names = "Tyler Butler, Holly Hurley, and Harold Villa"
+    assert prompt == f"""\
+What are the phone numbers for {names}? Find them in the phonebook below.
+
+Phonebook:
+Loretta Ibarra: 979-072-5927
+Holly Hurley: 881-976-1939
+Tyler Butler: 222-879-8280
+Harold Villa: 997-713-2830
+
+What are the phone numbers for {names}? Find them in the phonebook above."""
+    assert answer == "222-879-8280, 881-976-1939, 997-713-2830"
+    assert "for Harold Villa? Find" in a_book(1, 4, 1)[0]
+    assert "for Harold Villa and Tyler Butler? Find" in a_book(1, 4, 2)[0]
+
+
+# ---- books --------------------------------------------------------------------------------------
+
+def test_names_are_many_and_none_begins_another():
+    names = FIRST + LAST
+    assert len(FIRST) == len(LAST) == 300 and len(set(names)) == 600
+    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
 def test_no_entry_of_a_test_book_can_be_in_a_training_book():
-    sides = {split: {entry for seed in range(200) for entry in entries_of(a_book(seed, 20, 1, split)[0])}
-             for split in ("train", "val")}
-    assert min(map(len, sides.values())) > 3900 and not sides["train"] & sides["val"]
-    # nor by luck: the same name and number are always on the same side
-    rng = np.random.default_rng(0)
-    pairs = [(name, pb.phone_number(rng, name, split), split) for split in sides for name in ("Amy Adams", "Roy Fox")]
-    for name, number, split in pairs:
-        again = iter([[int(c) for c in number.replace("-", "")], [1] * 10, [2] * 10, *([k] * 10 for k in range(3, 10))])
-
-        class Fixed:
-            def integers(self, *args, **kwargs):
-                return np.array(next(again))
-        assert pb.phone_number(Fixed(), name, split) == number
-        other = "train" if split == "val" else "val"
-        again = iter([[int(c) for c in number.replace("-", "")], *(list(map(int, f"{k:010d}")) for k in range(500))])
-        assert pb.phone_number(Fixed(), name, other) != number
+    train_entries, val_entries = ({entry for seed in range(200)
+                                   for entry in entries_of(a_book(seed, 20, 1, split)[0])}
+                                  for split in ("train", "val"))
+    assert len(train_entries) > 3900 and not train_entries & val_entries
+    for entries, other in ((train_entries, "val"), (val_entries, "train")):
+        for name, number in sorted(entries)[:50]:               # nor by luck: a pair has one side
+            digits = [int(digit) for digit in number if digit != "-"]
+            drawn = iter([digits, *np.random.default_rng(0).integers(10, size=(500, 10))])
+            rng = types.SimpleNamespace(integers=lambda *_, **__: next(drawn))
+            assert pb.phone_number(rng, name, other) != number
 
 
-def test_digits_of_random_numbers_are_uniform():
-    digits = "".join(number for seed in range(200) for _, number in entries_of(a_book(seed)[0])).replace("-", "")
-    counts = np.bincount([int(d) for d in digits], minlength=10)
-    assert abs(counts / counts.sum() - 0.1).max() < 0.012       # 16,000 digits: 5 standard deviations
+def test_digits_are_uniform():
+    digits = "".join(number for seed in range(200) for _, number in entries_of(a_book(seed)[0]))
+    counts = np.bincount([int(digit) for digit in digits.replace("-", "")], minlength=10)
+    assert abs(counts / counts.sum() - 0.1).max() < 0.012       # 16,000 digits: 5 standard errors
 
 
-# ---- batches ----
-
-def config(**settings):
-    return Config(**{**TINY, **settings})
-
+# ---- batches ------------------------------------------------------------------------------------
 
 def test_a_batch_is_a_pure_function_and_its_rows_hold_whole_books():
-    made = Books(TOK, config(block_size=512))
-    one, other, next_one = made.batch(1, 0, 5), Books(TOK, config(block_size=512)).batch(1, 0, 5), made.batch(1, 0, 6)
-    assert all(np.array_equal(one[key], other[key]) for key in one)
-    assert not np.array_equal(one["tokens"], next_one["tokens"])
+    batch, again = (make_books(block_size=512).batch(1, 0, 5) for _ in range(2))
+    assert all(np.array_equal(batch[key], again[key]) for key in batch)
+    for key in ((2, 0, 5), (1, 1, 5), (1, 0, 6)):
+        other = make_books(block_size=512).batch(*key)
+        assert not np.array_equal(batch["tokens"], other["tokens"])
     n_books = 0
-    for tokens, targets, reset, arm in zip(*(one[key] for key in ("tokens", "targets", "reset", "arm"))):
-        starts = np.flatnonzero((reset & RESET_FORWARD > 0) & (arm >= 0)).tolist()
-        for begin, end in zip(starts, starts[1:] + [int((arm >= 0).sum())]):
-            label = targets[begin:end][targets[begin:end] != -100]
+    for row in range(2):
+        tokens, targets, reset, arm = (batch[k][row] for k in ("tokens", "targets", "reset", "arm"))
+        n = int((arm >= 0).sum())
+        starts = np.flatnonzero(reset[:n] & RESET_FORWARD)
+        for begin, end in zip(starts, [*starts[1:], n]):
+            label = targets[begin:end][targets[begin:end] != IGNORE]
             prompt = TOK.decode(tokens[begin:end - len(label)])
-            assert read_book([prompt], None) == [TOK.decode(label[:-1])] and label[-1] == TOK.DONE
+            assert oracle([prompt], None) == [TOK.decode(label[:-1])] and label[-1] == TOK.DONE
             assert tokens[end - len(label)] == TOK.GEN
             n_books += 1
     assert n_books > 4
 
 
-def test_rows_are_filled_to_the_last_token_and_never_over():
-    made = Books(TOK, config(block_size=Books(TOK, config()).longest(3, 2)))
-    full = max(int((made.batch(1, 0, step)["arm"] >= 0).sum(1).max()) for step in range(200))
-    assert made.config.block_size - 10 <= full <= made.config.block_size
+def test_books_have_on_average_as_many_entries_as_was_asked(monkeypatch):
+    """No book is dropped because it does not fit: a packer that did so made it 0.992 of that, seven
+    standard errors of these 20,000 books."""
+    books = make_books(entries_min=4, entries_max=8, batch_size=8, block_size=384)
+    written, ready = [], {(n, k): a_book(0, n, k) for n in range(4, 9) for k in (1, 2)}
+
+    def write(rng, n_entries, n_numbers, split):
+        written.append((n_entries, n_numbers))
+        return ready[n_entries, n_numbers]
+
+    monkeypatch.setattr(pb, "write_book", write)
+    packed = step = 0
+    while len(written) < 20_000:
+        batch = books.batch(1, 0, step)
+        packed += ((batch["reset"] & RESET_FORWARD > 0) & (batch["arm"] >= 0)).sum()
+        step += 1
+    assert packed == len(written)
+    entries, numbers = np.transpose(written)                    # 4 to 8 and 1 or 2, uniform
+    assert abs(entries.mean() - 6) < 4 * (2 / len(written)) ** 0.5
+    assert abs(numbers.mean() - 1.5) < 4 * (0.25 / len(written)) ** 0.5
 
 
-def test_no_book_is_longer_than_the_bound_even_of_names_that_cost_most_at_the_start_of_a_line(monkeypatch):
-    bound = Books(TOK, config(block_size=4096)).longest(8, 1)
-    for name, names, space in (("FIRST", FIRST, ""), ("LAST", LAST, " ")):
-        monkeypatch.setattr(pb, name, [max(names, key=lambda name: len(TOK.encode(space + name)))] * 8)
-    assert all(sum(len(TOK.encode(text)) for text in a_book(seed, 8, 1)) + 1 <= bound for seed in range(20))
+def test_no_book_is_longer_than_the_bound_and_one_that_may_not_fit_is_refused(monkeypatch):
+    bound = make_books(block_size=4096).longest(12, 4)
 
+    def size(seed):
+        return sum(len(TOK.encode(text)) for text in a_book(seed, 12, 4)) + 1
 
-def test_a_book_that_may_not_fit_is_refused_before_training():
-    bound = Books(TOK, config(block_size=4096)).longest(12, 4)
-    sizes = [sum(len(TOK.encode(text)) for text in a_book(seed, 12, 4)) + 1 for seed in range(300)]
+    sizes = [size(seed) for seed in range(100)]
     assert max(sizes) <= bound < 1.25 * np.mean(sizes)
+    books = make_books(entries_max=12, numbers_max=4, block_size=bound)
+    assert all((books.batch(1, 0, step)["arm"] >= 0).sum(1).max() <= bound for step in range(50))
     with pytest.raises(ValueError, match=f"takes up to {bound} tokens.*--block_size={bound}"):
-        Books(TOK, config(entries_max=12, numbers_max=4, block_size=bound - 1))
+        make_books(entries_max=12, numbers_max=4, block_size=bound - 1)
+    for kind, space in (("FIRST", ""), ("LAST", " ")):  # the names that cost most where they stand
+        names = sorted(getattr(pb, kind), key=lambda name: len(TOK.encode(space + name)))
+        monkeypatch.setattr(pb, kind, names[-4:])
+    assert max(map(size, range(20))) <= bound
 
 
-# ---- scores ----
+# ---- scores -------------------------------------------------------------------------------------
 
-def test_an_oracle_that_reads_the_book_scores_100_percent():
-    for n in (1, 2, 8):
-        result = score(read_book, books(n, 50))
-        assert result["digits"] == result["exact"] == 1 and result["n_numbers"] == n and result["books"] == 50
+def books_of(n_numbers, n_books=400):
+    return [a_book(seed, 8, n_numbers) for seed in range(n_books)]
 
 
-def test_random_answers_score_10_percent():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("n_numbers", [1, 2, 8])
+def test_the_oracle_scores_100_percent_and_random_numbers_10(n_numbers):
+    rng, books = np.random.default_rng(0), books_of(n_numbers)
+    result = score(oracle, books)
+    assert result["digits"] == result["exact"] == 1 and result["by_place"] == [1] * 10
+    assert result["n_numbers"] == n_numbers and result["books"] == 400
 
     def guess(prompts, n):
         return [", ".join(pb.phone_number(rng, "", "train") for _ in range(n)) for _ in prompts]
-    result = score(guess, books(4))
-    assert abs(result["digits"] - 0.1) < 0.01 and result["exact"] == 0
+
+    result = score(guess, books)
+    assert abs(result["digits"] - 0.1) < 0.02 and result["exact"] == 0
 
 
-def test_an_answer_right_in_its_first_group_alone_shows_by_place():
-    """What a model does that finds the entry and cannot copy on."""
-    result = score(lambda prompts, n: [", ".join(number[:3] for number in read_book([prompt], n)[0].split(", ")) for prompt in prompts],
-                   books(1, 20))
-    assert result["by_place"] == [1] * 3 + [0] * 7 and abs(result["digits"] - 0.3) < 1e-9 and result["exact"] == 0
+def test_answers_by_other_rules_score_what_they_should():
+    def first_entry(prompts, n):    # right in 1/8 of the books, and in 1/10 of the others' digits
+        return [entries_of(prompt)[0][1] for prompt in prompts]
 
+    def first_group(prompts, n):    # a model that finds the entry, and cannot copy on
+        return [answer[:3] for answer in oracle(prompts, n)]
 
-def test_the_first_entry_every_time_scores_one_in_n_entries():
-    """It is right in 1/8 of the books, and by chance in 1/10 of the digits of the others."""
-    result = score(lambda prompts, n: [entries_of(prompt)[0][1] for prompt in prompts], books(1, 2000))
-    assert abs(result["exact"] - 1 / 8) < 0.025 and abs(result["digits"] - (1 / 8 + 7 / 80)) < 0.025
+    result = score(first_entry, books_of(1, 2000))
+    assert abs(result["exact"] - 1 / 8) < 0.025
+    assert abs(result["digits"] - (1 / 8 + 7 / 80)) < 0.025
+    result = score(first_group, books_of(1))
+    assert result["by_place"] == [1] * 3 + [0] * 7 and result["exact"] == 0
 
 
 def test_digits_count_by_place_and_missing_ones_are_wrong():
     label = "123-456-7890, 111-222-3333"
-    assert digits_right(label, label).all()
-    assert digits_right("", label).sum() == 0 and digits_right("", label).shape == (2, 10)
-    assert digits_right("123-456-7890", label).sum(1).tolist() == [10, 0]
-    assert digits_right("923-456-7899, 111-222-3333 and more", label).sum(1).tolist() == [8, 10]
-    assert digits_right(label[1:], label)[0].sum() == 0           # shifted by one
+    for answer, right in ((label, [10, 10]), ("", [0, 0]), ("123-456-7890", [10, 0]),
+                          ("23-456-7890", [0, 0]), ("923-456-7899, 111-222-3333 .", [8, 10])):
+        assert digits_right(answer, label).sum(1).tolist() == right
 
 
 def test_the_interval_holds_the_true_share_95_times_in_100():
     rng = np.random.default_rng(0)
     for share in (0.1, 0.5, 0.97):
-        found = rng.binomial(200, share, 4000) / 200
-        inside = [low <= share <= high for low, high in (interval(s, 200) for s in found)]
-        assert 0.925 < np.mean(inside) < 0.98
+        found = [interval(k / 200, 200) for k in rng.binomial(200, share, 4000)]
+        assert 0.925 < np.mean([low <= share <= high for low, high in found]) < 0.98
     assert interval(1.0, 100)[0] < 0.97
 
 
-# ---- a whole run ----
+# ---- a whole run --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny model, pretrained and fine-tuned for two steps."""
-    folder = str(tmp_path_factory.mktemp("phonebook"))
-    text = os.path.join(folder, "text.txt")
-    with open(text, "w") as file:
-        file.write(open(os.path.join(ROOT, "model.py")).read())
-    train.main(flags(n_layer=2, d_model=16, d_state=16, block_size=64, batch_size=4, eval_rows=1, workers=0, device="cpu",
-                     dtype="float32", compile="no", max_steps=4, lr=1e-2, mixture="fixed", data=text, out_dir=f"{folder}/out"))
-    main(flags(**TINY, out_dir=f"{folder}/out"))
-    return f"{folder}/out"
+    """A tiny model, pretrained for four steps and fine-tuned for two."""
+    folder = tmp_path_factory.mktemp("phonebook")
+    (folder / "text.txt").write_text(a_book(0, 1000)[0])
+    train.main(flags(n_layer=2, d_model=16, d_state=16, block_size=64, batch_size=4, eval_rows=1,
+                     workers=0, device="cpu", dtype="float32", compile="no", max_steps=4, lr=1e-2,
+                     mixture="fixed", data=folder / "text.txt", out_dir=folder / "out"))
+    main(flags(**TINY, out_dir=folder / "out"))
+    return folder / "out"
+
+
+def result_of(folder):
+    return json.loads((folder / "phonebook.json").read_text())
 
 
 def test_a_run_leaves_results_a_curve_and_a_checkpoint(run):
-    with open(f"{run}/phonebook.json") as file:
-        found = json.load(file)
-    assert [result["n_numbers"] for result in found["results"]] == [1, 2] and found["curve"][-1]["step"] == 2
-    assert found["pretraining"]["mixture"] == "fixed" and found["config"]["test_books"] == 8
-    tuned, base = (load_model(f"{run}/{name}.pt")[0].state_dict() for name in ("phonebook", "ckpt"))
+    found = result_of(run)
+    assert [result["n_numbers"] for result in found["results"]] == [1, 2]
+    assert [point["step"] for point in found["curve"]] == [1, 2]
+    assert found["pretraining"]["mixture"] == "fixed" and found["pretraining"]["step"] == 4
+    assert found["config"]["test_books"] == 8 and found["parameters"] > 1000
+    tuned, base = (LM.load(run / name)[0].state_dict() for name in ("phonebook.pt", "ckpt.pt"))
     assert any(not torch.equal(tuned[key], base[key]) for key in tuned)
-    unused = TOK.MASKS[:8]                    # no weight decay: what a book never shows stays as it was
+    unused = TOK.MASKS[:8]              # no weight decay: what a book never shows stays as it was
     assert torch.equal(tuned["embed.weight"][unused], base["embed.weight"][unused])
 
 
-def test_what_is_fine_tuned_is_not_lost_and_scored_again_gives_the_same(run, capsys):
+def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys):
+    before = result_of(run)
+    main(flags(out_dir=run, resume=True, test_books=4))         # nothing of today's defaults
+    after = result_of(run)
+    assert after["config"] == {**before["config"], "test_books": 4, "resume": True}
+    main(flags(out_dir=run, resume=True, test_books=8))
+    after = result_of(run)
+    for key in ("results", "curve", "pretraining"):
+        assert after[key] == before[key]
+    assert "pretraining: fixed, 4 of 4 steps" in capsys.readouterr().out
+    for name, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5)):
+        with pytest.raises(SystemExit, match=f"{name} is .* on the command line; drop --{name}"):
+            main(flags(out_dir=run, resume=True, **{name: value}))
     with pytest.raises(SystemExit, match="phonebook.pt exists; score it again with --resume"):
         main(flags(**TINY, out_dir=run))
-    before = open(f"{run}/phonebook.json").read()
-    main(flags(**TINY, out_dir=run, resume=True))
-    after = open(f"{run}/phonebook.json").read()
-    assert json.loads(before)["results"] == json.loads(after)["results"]
-    assert json.loads(before)["curve"] == json.loads(after)["curve"]
-    assert "Phonebook:" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no .*phonebook.pt to score again; drop --resume"):
+        main(flags(out_dir=run / "elsewhere", resume=True))
 
 
-def test_a_pretraining_that_is_not_over_shows_so(run, tmp_path, capsys):
-    for step in (3, 4):                                         # of 4; scored again, the fine-tuned one knows it too
-        checkpoint = {**train.load_checkpoint(f"{run}/ckpt.pt"), "step": step}
-        torch.save(checkpoint, tmp_path / "ckpt.pt")
-        for again in (False, True):
-            main(flags(**TINY, ckpt=tmp_path / "ckpt.pt", out_dir=tmp_path / str(step), **({"resume": True} if again else {})))
-            assert f"pretraining: fixed, {step} of 4 steps" in capsys.readouterr().out
-            assert json.loads((tmp_path / str(step) / "phonebook.json").read_text())["pretrained"] == step
+def test_a_pretraining_that_is_not_over_says_so(run, tmp_path, capsys):
+    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
+    torch.save({**checkpoint, "step": 3}, tmp_path / "ckpt.pt")
+    main(flags(**TINY, out_dir=tmp_path))
+    assert "pretraining: fixed, 3 of 4 steps" in capsys.readouterr().out
+    assert result_of(tmp_path)["pretraining"]["step"] == 3
 
 
-def test_scoring_again_keeps_how_it_was_fine_tuned_and_refuses_what_contradicts_it(run):
-    was = json.loads(open(f"{run}/phonebook.json").read())["config"]
-    main(flags(out_dir=run, resume=True, test_books=4))         # nothing of today's preset
-    again = json.loads(open(f"{run}/phonebook.json").read())["config"]
-    assert again == {**was, "test_books": 4, "resume": True, "device": "", "workers": again["workers"]}
-    for flag, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5)):
-        with pytest.raises(SystemExit, match=f"{flag} is .* on the command line; drop --{flag}"):
-            main(flags(out_dir=run, resume=True, **{flag: value}))
-    with pytest.raises(SystemExit, match="there is no .*phonebook.pt to score again; drop --resume"):
-        main(flags(out_dir=f"{run}/elsewhere", resume=True))
-    main(flags(out_dir=run, resume=True, test_books=was["test_books"]))       # as it was, for the other tests
+@pytest.mark.parametrize("causal", [False, True])
+def test_from_scratch_no_checkpoint_is_read(causal, tmp_path):
+    (tmp_path / "ckpt.pt").write_text("no checkpoint")
+    settings = {**TINY, "max_steps": 1, "out_dir": tmp_path, "scratch": "gated_ssm"}
+    main(flags(**settings, **({"causal": True} if causal else {})))
+    pretraining = result_of(tmp_path)["pretraining"]
+    assert pretraining["mixture"] == "none" and pretraining["step"] == 0
+    assert pretraining["d_model"] == train.parse_args([])[0].d_model
+    assert LM.load(tmp_path / "phonebook.pt")[0].config.causal == pretraining["causal"] == causal
 
 
-def test_answers_are_written_freely_from_what_was_written_before():
-    """Teacher forcing would never feed the model its own mistakes: here every token follows from its own."""
+@pytest.mark.parametrize("cooldown, last", [(0.25, [1.2e-4, 8e-5, 4e-5]), (0.0, [1e-3] * 3)])
+def test_the_learning_rate_rises_stays_and_falls(cooldown, last, run, tmp_path, monkeypatch):
+    seen = []
+
+    def learn(model, optimizer, batch, lr, clip, args):
+        seen.append(lr)
+        return torch.zeros(()), None
+
+    monkeypatch.setattr(train, "learn", learn)
+    main(flags(**{**TINY, "max_steps": 100, "test_books": 1, "lr": 1e-3, "cooldown": cooldown,
+                  "ckpt": run / "ckpt.pt", "out_dir": tmp_path}))
+    assert np.allclose(seen[:50], 1e-3 * np.arange(1, 51) / 50) and seen[50:75] == [1e-3] * 25
+    assert np.allclose(seen[-3:], last) and len(seen) == 100
+
+
+def test_answers_are_written_from_what_was_written_before():
+    """Teacher forcing would hide the model's mistakes from it: here it goes on from its own."""
     torch.manual_seed(0)
-    model, tok = LM(ModelConfig(vocab_size=TOK.vocab_size, n_layer=2, d_model=64, d_state=64)), TOK
+    model = LM(ModelConfig(vocab_size=TOK.vocab_size, n_layer=2, d_model=64, d_state=64)).eval()
     torch.nn.init.normal_(model.W_head.weight)                  # so that it says many things
-    plain = train.Config(dtype="float32", device="cpu")
-    (prompt, _), = books(1, 1)
-    answer, = pb.responder(model, tok, plain)([prompt], 1)
-    prefix, written = tok.encode(prompt).tolist(), []
-    with torch.no_grad():
-        while len(written) < 12 and tok.DONE not in written:
-            tokens = torch.tensor([prefix + [tok.GEN] + written])
-            reset = torch.tensor([[0] * len(prefix) + [2] * (1 + len(written))], dtype=torch.uint8)
-            reset[0, 0] |= RESET_FORWARD
-            written.append(int(model.eval()(tokens, reset)[0][0, -1].argmax()))
-    assert answer == tok.decode([token for token in written if token != tok.DONE]) and len(set(written)) > 4
-
-
-def test_from_scratch_ignores_every_checkpoint(run, tmp_path):
-    for causal in (False, True):
-        main(flags(**{**TINY, "max_steps": 1}, scratch="gated_ssm", out_dir=tmp_path / str(causal), **({"causal": True} if causal else {})))
-        with open(tmp_path / str(causal) / "phonebook.json") as file:
-            pretraining = json.load(file)["pretraining"]
-        assert pretraining["mixture"] == "none" and pretraining["d_model"] == train.PRESETS["cpu"]["d_model"]
-        assert load_model(tmp_path / str(causal) / "phonebook.pt")[0].config.causal == pretraining["causal"] == causal
-
-
-@pytest.mark.parametrize("preset", pb.PRESETS)
-def test_every_arm_of_the_comparison_is_pretrained_alike_but_for_its_mixture(preset):
-    alike = set()
-    for mixture in pb.MIXTURES:
-        config = train.sized(train.Config(mixture=mixture, preset=pb.PRETRAINING[preset]))
-        assert config.mixture == mixture and bool(config.focus) == (preset == "cpu" and "birdie" in mixture)
-        alike.add(str(replace(config, mixture="", focus="")))
-    assert len(alike) == 1
-
-
-def test_the_learning_rate_of_fine_tuning_rises_stays_and_falls(run, tmp_path, monkeypatch):
-    seen, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))[1])
-    for cooldown in (0.25, 0.0):
-        seen.clear()
-        main(flags(**{**TINY, "max_steps": 100, "test_books": 1, "test_entries_min": 1, "test_entries_max": 1, "entries_max": 1,
-                      "batch_size": 1, "lr": 1e-3, "cooldown": cooldown}, ckpt=f"{run}/ckpt.pt", out_dir=tmp_path / str(cooldown)))
-        assert np.allclose(seen[:60:10], np.minimum(1e-3, 1e-3 * np.arange(1, 60, 10) / 50)) and seen[60:70] == [1e-3] * 10
-        assert np.allclose(seen[-3:], [1.2e-4, 0.8e-4, 0.4e-4] if cooldown else 1e-3) and len(seen) == 100
+    prompt, _ = a_book(0, 8, 1)
+    plain = types.SimpleNamespace(dtype="float32", device="cpu")
+    answer, = pb.responder(model, TOK, plain)([prompt], 1)
+    prefix, written = TOK.encode(prompt).tolist(), []
+    while len(written) < 12 and TOK.DONE not in written:
+        tokens = torch.tensor([prefix + [TOK.GEN] + written])
+        reset = torch.full(tokens.shape, RESET_REVERSE, dtype=torch.uint8)
+        reset[0, :len(prefix)] = 0
+        reset[0, 0] = RESET_FORWARD
+        with torch.no_grad():
+            written.append(int(model(tokens, reset)[0][0, -1].argmax()))
+    assert answer == TOK.decode([token for token in written if token != TOK.DONE])
+    assert len(set(written)) > 4
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(causal=True), "causal is for random weights; pass --scratch"), (dict(preset="laptop"), "preset 'laptop' is unknown; choose one of cpu, gpu, paper"),
-    (dict(scratch="rnn"), "arch 'rnn' is unknown"),
-    (dict(ckpt="nowhere.pt"), "there is no checkpoint nowhere.pt"),
+    (dict(causal=True), "causal is for random weights; pass --scratch"),
+    (dict(preset="laptop"), "invalid choice: 'laptop'"),
+    (dict(scratch="rnn"), "invalid choice: 'rnn'"),
+    (dict(ckpt="nowhere.pt"), "nowhere.pt"),
     (dict(entries_max=40), "pass --block_size="),
-    (dict(entries_min=9), "entries_max is 3; it must be from entries_min, 9"),
-    (dict(test_entries_max=100000), "test_entries_max is 100000"),
-    (dict(numbers_max=-1), "numbers_max is -1"),
-    (dict(lr=-1.0), "lr is -1.0"),
-    (dict(cooldown=2.0), "cooldown is 2.0; it must be a share"),
+    (dict(entries_min=9), "entries_max is 3; it must be entries_min, 9, or more"),
+    (dict(test_entries_max=100000), "100000 is not from 1 to 90000"),
+    (dict(numbers_max=-1), "-1 is not from 1"),
+    (dict(lr=-1.0), "argument --lr"),
+    (dict(cooldown=2.0), "argument --cooldown: 2.0 is not from 0 to 1"),
     (dict(flavour=1), "unrecognized arguments"),
 ])
-def test_bad_input_ends_in_one_line(run, tmp_path, bad, message):
+def test_bad_input_ends_in_one_line(bad, message, run, tmp_path):
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        main(flags(**{**TINY, "ckpt": f"{run}/ckpt.pt", "out_dir": tmp_path, **bad}))
+        main(flags(**{**TINY, "ckpt": run / "ckpt.pt", "out_dir": tmp_path, **bad}))
     assert "\n" not in str(error.value)
-
-
-# ---- the whole comparison ----
-
-def test_figure_1_runs_what_is_missing_keeps_what_is_there_and_names_what_failed(run, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def one(command, stdout, stderr, env):
-        out_dir = next(flag for flag in command if flag.startswith("--out_dir="))[len("--out_dir="):]
-        calls.append([os.path.basename(command[1]), *command[2:]])
-        fails = "ntp" in out_dir and len(calls) < 5
-        stdout.write("first line\nerror: no luck\n" if fails else "")
-        shutil.copy(f"{run}/phonebook.json", f"{out_dir}/new")
-        os.replace(f"{out_dir}/new", os.path.join(out_dir, "ckpt.pt" if "train.py" in command[1] else "phonebook.json"))
-        return subprocess.CompletedProcess(command, int(fails))
-
-    monkeypatch.setattr(pb, "plot", lambda found, picture: None)
-    monkeypatch.setattr(subprocess, "run", one)
-    with open(f"{run}/phonebook.json") as file:
-        as_run = json.load(file)["config"]
-    monkeypatch.setitem(pb.PRESETS, "cpu", {name: as_run[name] for name in pb.PRESETS["cpu"]})
-    figure = Figure(out_dir=str(tmp_path), preset="cpu", only="gated_ssm-birdie-1,*_ssm-ntp-1,gated_ssm-none-1", jobs=1)
-    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
-        figure1(figure)
-    assert "train.py failed with exit code 1" in (out := capsys.readouterr().out) and "no luck" in out
-    assert [call[0] for call in calls] == ["train.py", "eval_phonebook.py", "train.py", "eval_phonebook.py"]
-    assert "--mixture=birdie" in calls[0] and "--mixture=ntp" in calls[2] and "--scratch=gated_ssm" in calls[3]
-    figure1(figure)
-    assert [call[0] for call in calls[4:]] == ["train.py", "eval_phonebook.py"] and "--resume" in calls[4]
-    os.replace(tmp_path / "gated_ssm-ntp-1" / "phonebook.json", tmp_path / "gated_ssm-ntp-1" / "phonebook.pt")
-    figure1(figure)                                             # fine-tuned, but not yet scored
-    assert [call[0] for call in calls[6:]] == ["eval_phonebook.py"] and "--resume" in calls[6]
-    assert "| gated_ssm | next token prediction |" in capsys.readouterr().out
-    with open(tmp_path / "figure1.json") as file:
-        assert [(r["arch"], r["mixture"], r["seed"]) for r in json.load(file)] == [
-            ("gated_ssm", "birdie", 1), ("gated_ssm", "ntp", 1), ("gated_ssm", "none", 1)]
-    pb.PRESETS["cpu"]["lr"] = 0.5
-    with pytest.raises(ValueError, match="phonebook.json has lr .*, and preset cpu has 0.5; remove it"):
-        figure1(figure)
-    with pytest.raises(ValueError, match="no run matches 'hawk_ntp' of --only; runs are named gated_ssm-birdie-1"):
-        figure1(replace(figure, only="gated_ssm-birdie-1, hawk_ntp"))
-
-
-def test_the_picture_is_drawn(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    with open(f"{run}/phonebook.json") as file:
-        found = json.load(file)
-    pb.plot([dict(arch=arch, mixture=mixture, seed=seed, **found) for arch in ("gated_ssm", "hawk")
-             for mixture in ("birdie", "ntp") for seed in (1, 2)], str(tmp_path / "figure1.png"))
-    assert (tmp_path / "figure1.png").stat().st_size > 10000
 
 
 def test_book_prints_one_book(capsys):
     main(["book"])
-    out = capsys.readouterr().out
-    assert len(entries_of(out)) == 6 and re.search(r"\n\n\d{3}-\d{3}-\d{4}, \d{3}-\d{3}-\d{4}$", out.strip())
+    prompt, _, answer = capsys.readouterr().out.rstrip().rpartition("\n\n")
+    assert oracle([prompt], 2) == [answer]

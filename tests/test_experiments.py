@@ -1,0 +1,179 @@
+"""Every script of experiments/ runs, at a size of seconds: the comparison of figure 1 goes on where
+it stopped, pictures are drawn from what was measured, and what is wrong is said in one line.
+
+    python -m pytest tests/test_experiments.py
+"""
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import eval_phonebook
+from scheduler import Birdie
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.append(str(EXPERIMENTS))
+import bandit_world
+import bench
+import figure1
+import figure5
+
+
+def one_line(main, argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        main(argv)
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+# ---- figure 1 ----
+
+class Programs:
+    """In the place of subprocess.run: notes commands and leaves what their programs would."""
+
+    def __init__(self):
+        settings, _ = eval_phonebook.parse_args(["--out_dir=nowhere"])
+        measured = json.loads((EXPERIMENTS / "figure1.json").read_text())[0]
+        self.result = json.dumps(dict(config=vars(settings), results=measured["results"],
+                                      curve=measured["curve"]))
+        self.commands, self.fails = [], ()
+
+    def __call__(self, command, stdout, stderr, env):
+        program, flags = os.path.basename(command[1]), set(command[2:])
+        out_dir, = (flag for flag in flags if flag.startswith("--out_dir="))
+        folder = Path(out_dir.partition("=")[2])
+        self.commands.append((program, flags - {out_dir}))
+        assert env["OMP_NUM_THREADS"] == str(figure1.cores())
+        if self.fails == (program, folder.name):
+            os.write(stdout.fileno(), b"one step\rerror: no luck\n\n")
+            return subprocess.CompletedProcess(command, 3)
+        if program == "train.py":
+            (folder / "ckpt.pt").touch()
+        else:
+            (folder / "phonebook.pt").touch()
+            (folder / "phonebook.json").write_text(self.result)
+        return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    found = Programs()
+    monkeypatch.setattr(subprocess, "run", found)
+    monkeypatch.setattr(figure1, "plot", lambda found, picture: None)
+    return found
+
+
+def test_a_run_is_pretrained_and_fine_tuned_as_its_name_says(programs, tmp_path):
+    figure1.main([f"--out_dir={tmp_path}", "--jobs=1",
+                  "--only=hawk-birdie-causal-2,gated_ssm-none-causal-2"])
+    common = {"--preset=cpu", "--seed=2", "--workers=0"}
+    assert programs.commands == [
+        ("eval_phonebook.py", common | {"--scratch=gated_ssm", "--causal"}),
+        ("train.py", common | {"--arch=hawk", "--mixture=birdie-causal"}),
+        ("eval_phonebook.py", common)]
+
+
+def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):
+    command = [f"--out_dir={tmp_path}", "--only=gated_ssm-birdie-1, *_ssm-ntp-1", "--jobs=1"]
+    ntp = tmp_path / "gated_ssm-ntp-1"
+
+    def ran():
+        """What has run since the last call."""
+        done = [(program, "--resume" in flags) for program, flags in programs.commands]
+        programs.commands.clear()
+        return done
+
+    programs.fails = "train.py", ntp.name
+    one_line(figure1.main, command, "1 of 2 runs failed; the same command goes on")
+    assert ran() == [("train.py", False), ("eval_phonebook.py", False), ("train.py", False)]
+    out = capsys.readouterr().out
+    assert f"train.py failed with exit code 3; {ntp / 'log.txt'} ends: error: no luck" in out
+    programs.fails = "eval_phonebook.py", ntp.name
+    one_line(figure1.main, command, "1 of 1 runs failed")
+    assert ran() == [("train.py", False), ("eval_phonebook.py", False)]
+    one_line(figure1.main, command, "1 of 1 runs failed")
+    assert ran() == [("train.py", True), ("eval_phonebook.py", False)]      # pretraining goes on
+    (ntp / "phonebook.pt").touch()              # as if it had been stopped while it was scored
+    programs.fails = ()
+    figure1.main(command)
+    assert ran() == [("eval_phonebook.py", True)]
+    figure1.main(command)
+    assert ran() == []
+    assert "| Gated SSM | next token prediction | 1 | 1 | 97.5% |" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "figure1.json").read_text())
+    assert [(run["mixture"], run["seed"]) for run in runs] == [("birdie", 1), ("ntp", 1)]
+    one_line(figure1.main, [*command, "--preset=gpu"], "preset gpu has .*; remove it and")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--only=gated_ssm-birdie-1,hawk_ntp"], "no run matches 'hawk_ntp' .* gated_ssm-birdie-1"),
+    (["--jobs=0"], "--jobs: 0 is not from 1"), (["--preset=tpu"], "invalid choice: 'tpu'"),
+    (["draw"], "figure1.py draw JSON OUT.png"), (["draw", "nowhere", "x.png"], "nowhere"),
+    (["draw", str(EXPERIMENTS / "mixtures.json"), "x.png"], "is no list of phone book results"),
+])
+def test_figure_1_says_in_one_line_what_is_wrong(argv, message):
+    one_line(figure1.main, argv, message)
+
+
+def test_figure_1_is_drawn_from_what_was_measured(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    figure1.main(["draw", str(EXPERIMENTS / "figure1.json"), str(tmp_path / "figure1.png")])
+    assert "| Gated SSM | Birdie | 1, 2, 3 | 1 | 97.5%, 96.8%, 97.6% |" in capsys.readouterr().out
+    assert (tmp_path / "figure1.png").stat().st_size > 10_000
+
+
+# ---- figure 5 ----
+
+def log(path, n_evaluations=3):
+    """A run's log.jsonl as train.py writes it, with two classes."""
+    lines = [dict(step=-1, config=dict(mixture="birdie", arch="hawk", seed=2))]
+    for k in range(n_evaluations):
+        lines.append(dict(step=10 * k, loss_copying=2.0 - k / 4, loss_prefix_lm=3.0, mean_loss=2.5,
+                          accuracy_copying=k / 4, accuracy_prefix_lm=0.1, reward_copying=1.0,
+                          share_copying=k / 2, share_prefix_lm=1 - k / 2, arm_loss=[1.0, 2.0]))
+        lines.append(dict(step=10 * k + 9, train_loss=2.0, norm=1.0))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_figure_5_is_drawn_from_one_log_or_two(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    logs = [log(tmp_path / "a.jsonl"), log(tmp_path / "b.jsonl", n_evaluations=2)]
+    for n in (1, 2):
+        figure5.main([*logs[:n], f"--out={tmp_path / 'figure5.png'}"])
+        assert (tmp_path / "figure5.png").stat().st_size > n * 10_000
+    title, columns = figure5.read(logs[0])
+    assert title == "birdie, hawk, seed 2" and columns["loss_copying"] == [2.0, 1.75, 1.5]
+
+
+def test_figure_5_says_in_one_line_what_is_wrong(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    one_line(figure5.main, [], "required: LOG")
+    one_line(figure5.main, ["a", "b", "c"], "3 logs do not fit")
+    one_line(figure5.main, ["nowhere"], "nowhere")
+    one_line(figure5.main, [str(EXPERIMENTS / "figure1.json")], "no log of train.py")
+    one_line(figure5.main, [log(tmp_path / "log.jsonl", 1)], "has 1 evaluations, and a picture")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    one_line(figure5.main, [str(tmp_path / "list.jsonl")], "no log of train.py")
+
+
+# ---- the others ----
+
+def test_the_benchmark_times_everything_it_names(capsys):
+    bench.main(["--quick"])
+    out = capsys.readouterr().out
+    for named in ("torch", "scan(a, x)", *eval_phonebook.MIXERS, "ms a token", "batches/s"):
+        assert named in out
+    one_line(bench.main, ["scna"], "scna is unknown; choose from scan, step, decode, batches")
+    one_line(bench.main, ["step", "--quick", "--nanogpt=nowhere"], "nowhere")
+
+
+def test_the_table_of_simulated_worlds_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(Birdie, "train_steps", 1)
+    monkeypatch.setattr(bandit_world, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    bandit_world.table(1)
+    out = capsys.readouterr().out
+    assert all(way in out for way in bandit_world.WAYS) and "of 1" in out
