@@ -443,14 +443,13 @@ def load_checkpoint(path, *needed):
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no checkpoint {path}; train one with "
                                 f"--out_dir={os.path.dirname(path) or '.'}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "model_config", "tokenizer", *needed} - set(saved)
-    except OSError:
-        raise
-    except Exception as error:          # a damaged file can make torch.load raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}); "
-                         f"remove it, or choose another --out_dir")
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            missing = {"model", "model_config", "tokenizer", *needed} - set(saved)
+        except Exception as error:      # a damaged file can make torch.load raise anything
+            raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}); "
+                             f"remove it, or choose another --out_dir")
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of "
                          f"this version: choose another, or train anew")

@@ -135,6 +135,9 @@ def test_validation_is_the_mean_over_the_labels_of_each_arm_on_the_same_rows_eve
     validation, again = Validation(batches), Validation(batches)
     rows = validation.rows
     assert all(torch.equal(rows[key], again.rows[key]) for key in rows)
+    first = rows["targets"][0].numpy()              # next token prediction's: text as it is
+    text = batches.corpus.window("val", 0, batches.corpus.size["val"])
+    assert any(np.array_equal(first, text[i:i + len(first)]) for i in range(len(text)))
     loss, accuracy = validation(model, SimpleNamespace(batch_size=7, device="cpu", dtype="float32"))
     logits = model(rows["tokens"], rows["reset"])[0].detach()
     p = logits.double().softmax(-1)
