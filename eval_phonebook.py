@@ -263,7 +263,7 @@ def load(args, saved):
         preset = PRETRAINING[args.preset]
         sizes, _ = train.parse_args([f"--arch={args.scratch}", f"--preset={preset}"])
         sizes.causal, sizes.mixture, sizes.max_steps = args.causal, "none", 0
-        tokenizer = dict(name=sizes.tokenizer, n_masks=sizes.block_size // 8)
+        tokenizer = Tokenizer(sizes.tokenizer, n_masks=sizes.block_size // 8).arguments
         torch.manual_seed(args.seed)
         model = LM(train.model_config(sizes, Tokenizer(**tokenizer)))
         return model, tokenizer, {**vars(sizes), "step": 0}

@@ -485,10 +485,10 @@ def demo():
         print(f"{arch:12s} {model.n_parameters():>9,} parameters; "
               f"tokens {tuple(reset.shape)} -> logits {tuple(logits.shape)}")
     names = 2 * (prefix * "p" + label * "c") + ".."
-    for title, causal in (("gated_ssm", False), ("gated_ssm --causal", True)):
-        print(f"\n{title}: which input (column) each output (row) sees, two samples and padding\n"
+    for arch in MIXERS:
+        print(f"\n{arch}: which input (column) each output (row) sees, two samples and padding\n"
               f"(p: a prefix token, c: a causal token, GEN and the label)\n\n    {names}")
-        seen = sees(LM(ModelConfig(n_layer=2, d_model=16, d_state=16, causal=causal)), reset)
+        seen = sees(LM(ModelConfig(arch=arch, n_layer=2, d_model=16, d_state=16)), reset)
         for name, row in zip(names, seen.tolist()):
             print(f"  {name} " + "".join(" #"[s] for s in row))
 

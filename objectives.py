@@ -76,8 +76,12 @@ class Tokenizer:
     exactly.
     """
 
-    def __init__(self, name: str = "bpe2048", n_masks: int = 256):
+    def __init__(self, name: str = "bpe2048", n_masks: int = 256, classes=None):
         self.name, self.n_masks, self.encoding = name, n_masks, find_encoding(name)
+        self.arguments = dict(name=name, n_masks=n_masks, classes=list(CLASSES))    # rebuild it
+        if classes not in (None, self.arguments["classes"]):
+            raise ValueError(f"the checkpoint has the classes {', '.join(classes)}, and here they "
+                             f"are {', '.join(CLASSES)}: its special tokens are others, train anew")
         self.n_text, self.fingerprint = self.encoding.n_vocab, self.encoding.name
         names = ["PAD", "GEN", "DONE", "END_OF_TEXT", "COPY", "START", "END", "CONTEXT", "MASK"]
         (self.PAD, self.GEN, self.DONE, self.END_OF_TEXT, self.COPY, self.START, self.END,
@@ -221,11 +225,11 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
     bar.close()
     if not_text:
         print(f"text     {len(not_text)} of {len(files)} files are no UTF-8 text, and are left out "
-              f"from there on: {', '.join(path.name for path in not_text[:3])} ...")
+              f"from there on, such as {not_text[0]}")
     n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
     n = n_train + n_val
     if n < 2:
-        raise ValueError(f"no text in {files[0]} or {len(files) - 1} more files; pass other --data")
+        raise ValueError(f"no text in {len(files)} files such as {files[0]}; pass other --data")
     if not 0.01 * n < n_val < 0.2 * n:
         ids = np.concatenate([np.fromfile(path, dtype) for path in paths])
         ids[:n - max(1, n // 20)].tofile(paths[0])
@@ -458,7 +462,7 @@ class Objective(NamedTuple):
 
 THREE = (192, 384), (384, 768), (768, 1536)
 MASKED = dict(masked=(15, 85), mean_span=(3, 8, 32))
-OBJECTIVES = {              # table 1
+OBJECTIVES = {              # table 1; the first has no paradigm token; yours come last
     "next_token_prediction": Objective(next_token_prediction, lambda n: n, ((256, 2048),)),
     "prefix_lm": Objective(prefix_lm, lambda n: n, ((512, 2048),)),
     "selective_copying": Objective(
@@ -631,7 +635,8 @@ class Batches:
     def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
         """(B, T) arrays: tokens, targets, reset, arm; see lay_out."""
         action = np.asarray(action, np.float64)
-        if action.shape != self.low.shape or action.min() < 0 or abs(action.sum() - 1) > 1e-3:
+        is_probability = action.min() >= 0 and abs(action.sum() - 1) < 1e-3     # never, if nan
+        if action.shape != self.low.shape or not is_probability:
             raise ValueError(f"an action is {len(self.arms)} probabilities, not {action.shape} of "
                              f"sum {action.sum()}")
         rng = np.random.default_rng([seed, rank, step, ("train", "val").index(split)])

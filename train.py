@@ -311,8 +311,8 @@ def save_checkpoint(path, checkpoint):
         torch.load(path + ".part", weights_only=True)
     except Exception as error:
         os.remove(path + ".part")
-        raise ValueError(f"{path} would not load again: a state_dict may hold tensors, numbers, "
-                         f"strings, lists and dicts ({str(error).splitlines()[0]})")
+        raise ValueError(f"{path} would not load again ({type(error).__name__}): a state_dict may "
+                         f"hold tensors, numbers, strings, lists and dicts, and no numpy arrays")
     os.replace(path + ".part", path)
 
 
@@ -382,6 +382,7 @@ class Run:
                            data=corpus.size, torch=torch.__version__)
 
     def restore(self, saved):
+        Tokenizer(**saved["tokenizer"])         # ValueError if classes were added since
         if saved["data"] != self.corpus.size:
             raise ValueError(f"the run was trained on {saved['data']} tokens, and --data now has "
                              f"{self.corpus.size}; give it the same text, or another --out_dir")
@@ -410,14 +411,14 @@ class Run:
                              f"than {self.args.lr:g}")
         save_checkpoint(self.path, dict(
             step=step, config=vars(self.args), model_config=asdict(self.model.config),
-            tokenizer=dict(name=self.tok.name, n_masks=self.tok.n_masks), data=self.corpus.size,
+            tokenizer=self.tok.arguments, data=self.corpus.size,
             losses=None if self.before is None else self.before.tolist(),
             **{name: part.state_dict() for name, part in self.parts.items()}))
 
     def evaluate(self, step):
         loss, accuracy = self.validation(self.model, self.args)
         predicted = getattr(self.scheduler, "predicted", None)
-        self.scheduler.update(step, loss)
+        self.scheduler.update(step, loss.copy())
         entry = report(step, self.arms, loss, accuracy, self.before, self.scheduler.action,
                        predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))

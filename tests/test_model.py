@@ -361,7 +361,7 @@ def test_presets_have_their_sizes_in_every_architecture(arch, preset, low, high)
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(arch="mamba"), "gated_ssm, hawk"), (dict(arch="hawk", conv_width=0), "conv_width"),
+    (dict(arch="no_such"), "gated_ssm, hawk"), (dict(arch="hawk", conv_width=0), "conv_width"),
     (dict(conv_width=-1), "conv_width"), (dict(arch="transformer", n_head=5), "n_head")])
 def test_a_bad_configuration_names_its_remedy(bad, message):
     with pytest.raises(ValueError, match=message):
