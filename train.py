@@ -143,9 +143,9 @@ def parse_args(argv):
 def resumed(parser, argv, config, path, may_change):
     """The saved settings; a flag that contradicts one is an error, unless it may change."""
     args = parser.parse_args(argv, argparse.Namespace(**config))
-    for name, value in vars(args).items():
-        if name not in may_change and value != config.get(name):
-            raise ValueError(f"{name} is {config.get(name)!r} in {path} and {value!r} on the "
+    for name, value in config.items():
+        if name not in may_change and value != getattr(args, name):
+            raise ValueError(f"{name} is {value!r} in {path} and {getattr(args, name)!r} on the "
                              f"command line; drop --{name}, or choose another --out_dir")
     return args
 
