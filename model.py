@@ -98,7 +98,7 @@ class Boundaries:
             if not config.causal:
                 sees = sees | ~self.causal.mT           # every key in a prefix
             self.attends = (sees & (sample == sample.mT)).unsqueeze(1)              # (B, 1, T, T)
-        else:                                           # [k - 1]: is token t - k of t's sample?
+        else:                   # entry k - 1 (B, T, 1): is token t - k in the sample of token t?
             self.same_sample = [sample == F.pad(sample, (0, 0, k, 0))[:, :T]
                                 for k in range(1, config.conv_width)]
 
@@ -114,7 +114,7 @@ class Boundaries:
 
 
 def linear(n_in, n_out, bias=False, n_layer=1):
-    """nn.Linear that keeps its input's variance; the last map of n_layer blocks divides it."""
+    """nn.Linear that keeps its input's variance, or divides it by n_layer (a block's last map)."""
     layer = nn.Linear(n_in, n_out, bias)
     nn.init.normal_(layer.weight, std=(n_in * n_layer) ** -0.5)
     if bias:
@@ -123,8 +123,8 @@ def linear(n_in, n_out, bias=False, n_layer=1):
 
 
 # ---- mixers: (u, boundaries, state) -> (y, state) ----------------------------------------------
-# u and y are (B, T, D). In training the state is None, before and after; in decoding it is what one
-# more token needs. A mixer initialises its own parameters and marks those without weight decay.
+# u and y are (B, T, D). In training no state is kept; in decoding it is what one more token needs.
+# A mixer initialises its own parameters and marks those without weight decay.
 
 class CausalConv(nn.Module):
     """Depthwise convolution over the last `width` tokens of the same sample (A.16.2)."""
@@ -280,10 +280,13 @@ class Attention(nn.Module):
             k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
             attends = torch.cat([real, attends], -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attends)
-        if boundaries.last is not None and state is None:
+        y = self.W_out(y.transpose(1, 2).reshape(B, T, D))
+        if boundaries.last is None:     # training keeps nothing
+            return y, None
+        if state is None:               # of the prompt, later tokens see the real ones
             real = torch.arange(T, device=u.device) <= boundaries.last[:, None]
             attends = real[:, None, None]
-        return self.W_out(y.transpose(1, 2).reshape(B, T, D)), (k, v, attends)
+        return y, (k, v, attends)
 
 
 MIXERS = {"gated_ssm": GatedSSM, "hawk": Hawk, "transformer": Attention}
@@ -495,7 +498,7 @@ def demo():
 
 def answer(argv):
     """A trained model answers a prompt, asked as it was in training."""
-    from objectives import CLASSES, Tokenizer, as_prompt        # only this command reads text
+    from objectives import CLASSES, Tokenizer, as_prompt    # only here; it imports nothing of ours
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     flag = parser.add_argument

@@ -298,7 +298,7 @@ class Corpus:
 
 
 # ---- the objectives: (text, rng, tok, its options) -> prefix, label ----------------------------
-# text is (n,) token ids. Beside each: the positions of a row that such a sample takes, at most.
+# text is (n,) token ids. How many positions of a row each takes, at most, stands in OBJECTIVES.
 # The paradigm token and the last DONE are added, and counted, by make_sample and positions.
 
 class NotUnique(ValueError):
@@ -667,7 +667,7 @@ class Batches:
 
     def sample(self, arm: Arm, size: float, rng, split: str):
         """The arm's longest sample in at most `size` tokens, from a random place of the text."""
-        n = longest_text(arm, size + 1e-6)
+        n = longest_text(arm, size + 1e-6)          # sizes are sums of floats
         for _ in range(64):
             start = int(rng.integers(self.corpus.size[split] - n + 1))
             try:
@@ -697,6 +697,7 @@ class Loader:
 
     def steps(self, start: int, stop: int, action, split: str = "train"):
         """Iterates over the batches of steps start to stop - 1; call again for another action."""
+        # in place: this list is the DataLoader's sampler
         self.keys[:] = [(self.seed, self.rank, step, action, split) for step in range(start, stop)]
         return iter(self.loader)
 

@@ -249,9 +249,9 @@ def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
         if chunks > 1:
             e, p, carried = torch.empty(3, B, chunks, D, device=x.device)
             job.e, job.p, job.carried = map(Track.of, (e, p, carried))
-            launch(job, back, True)
-            kernel_scan(launch, p, e, carried, False)
-        launch(job, back, False)
+            launch(job, back, True)                             # pass 1
+            kernel_scan(launch, p, e, carried, False)           # pass 2: the same scan over chunks
+        launch(job, back, False)                                # pass 3
 
 
 # ---- who compiles it -----------------------------------------------------------------------------
@@ -308,7 +308,8 @@ def load_cpp(device):
 
 
 def architecture(device):
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))      # not the current card's
+    """Of the tensor's card, which need not be the current one."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def load_nvcc(device):

@@ -32,7 +32,7 @@ Departures, ours
     reward model  learns the cube root of R, as R goes with dL^3: a fall by 1% earns an
                   eight-thousandth of what 20% does, and would be lost beside it. Its Gated SSM
                   layers scale their input by 1 - f, the paper's do not
-    sign of dL    turned, so that improvement is rewarded (the authors' later code confirms it)
+    sign of dL    turned: as printed, a rise would be rewarded (the authors' later code agrees)
 """
 import math
 from functools import partial

@@ -18,7 +18,8 @@ bit.
 
 Departures from the paper (4.1, A.11), ours: sizes for one GPU or a laptop; the learning rate
 falls to a tenth; AdamW's settings are Mamba's, as in the paper, but for a longer second moment in
-small batches. """
+small batches.
+"""
 import argparse
 import ctypes
 import json
@@ -87,7 +88,7 @@ def command_line(usage):
     parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
     flag = parser.add_argument
     flag("--out_dir", default="out", help="run folder")
-    flag("--resume", action="store_true", help="go on from what is in out_dir")
+    flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, type=number(int, 0), help="of random weights and of the batches")
     flag("--workers", default=1, type=number(int, 0), help="processes that make batches")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1 ...")
@@ -111,7 +112,7 @@ def parse_args(argv):
          help="the class that has half of the bandit's proposals on average")
     flag("--arch", default="gated_ssm", choices=MIXERS, help="kind of block")
     flag("--causal", action="store_true", help="no block reads the prefix right to left")
-    flag("--n_layer", default=4, type=count, help="blocks")
+    flag("--n_layer", default=4, type=count, help="blocks; a preset has its own for each --arch")
     flag("--d_model", default=192, type=count, help="channels of the residual stream")
     flag("--d_state", default=384, type=count, help="channels of the recurrence")
     flag("--memory", default=1024, type=count, help="the Gated SSM's longest at first, in tokens")
@@ -144,6 +145,8 @@ def resumed(parser, argv, config, path, may_change):
     """The saved settings; a flag that contradicts one is an error, unless it may change."""
     args = parser.parse_args(argv, argparse.Namespace(**config))
     for name, value in config.items():
+        if getattr(args, name) == "auto":       # as it was settled on then
+            setattr(args, name, value)
         if name not in may_change and value != getattr(args, name):
             raise ValueError(f"{name} is {value!r} in {path} and {getattr(args, name)!r} on the "
                              f"command line; drop --{name}, or choose another --out_dir")
@@ -446,7 +449,7 @@ def train(args, saved=None):
             if end <= run.start:
                 continue
             if begin >= run.start:
-                run.save(begin)
+                run.save(begin)         # first, so that resuming repeats the evaluation
                 run.evaluate(begin)
             first, tick = max(begin, run.start), time.perf_counter()
             steps = loader.steps(first, min(end, args.max_steps), run.scheduler.action)
@@ -456,7 +459,8 @@ def train(args, saved=None):
                 bar.update()
                 if (step + 1) % 10 == 0:
                     seconds, tick = time.perf_counter() - tick, time.perf_counter()
-                    speed = round(10 * args.batch_size * args.block_size / seconds)
+                    n_steps = min(10, step + 1 - first)
+                    speed = round(n_steps * args.batch_size * args.block_size / seconds)
                     bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,} tokens/s")
                     run.log.write(step=step, train_loss=loss.item(), norm=norm.item(), lr=lr,
                                   tokens_per_s=speed)
