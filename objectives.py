@@ -29,12 +29,14 @@ Our choices, where the paper is silent or we differ
                 of it, so at T = 128 a span has 4 to 24 tokens, not 4 to 32
     a shuffle   is one random cycle: every token that is to move does move
 """
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sysconfig
@@ -673,7 +675,7 @@ class Batches:
             try:
                 return make_sample(arm, self.corpus.window(split, start, n), rng, self.tok)
             except NotUnique as error:
-                last = error
+                last = str(error)      # not the error: it would hold every frame above
         raise ValueError(f"{last}, at 64 places of the {split} split: pass other --data")
 
     def __getitem__(self, key: tuple) -> dict:
@@ -684,6 +686,16 @@ def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group; the training process decides."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """At exit multiprocessing asks daemons by SIGTERM, which ours ignore, and waits for ever."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch calls a killed one an error
+    for worker in workers:
+        worker.kill()
 
 
 class Loader:

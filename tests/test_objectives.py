@@ -649,3 +649,13 @@ def test_the_demonstration_runs(capsys):
     out = capsys.readouterr().out
     assert all(f"{cls}\n  Input" in out for cls in CLASSES)
     assert "<GEN>" in out and "tokens/s" in out
+
+
+@pytest.mark.parametrize("how", ["RuntimeError", "KeyboardInterrupt", "SystemExit"])
+def test_a_process_that_ends_by_an_error_does_not_wait_for_its_workers(how):
+    code = ("from tests.test_objectives import *; t = Tokenizer('bytes', 256); "
+            "b = Batches(Corpus('stdlib', t), t, 128, 16); "
+            "steps = Loader(b, 1, workers=2).steps(0, 50, uniform(b)); next(steps); "
+            f"raise {how}('too much')")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert out.returncode and out.stderr.decode().rstrip().endswith("too much")
