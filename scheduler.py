@@ -154,27 +154,23 @@ class FixedMixture:
 
 # ---- the bandit ----------------------------------------------------------------------------------
 
-def propose(arms: Sequence, n: int, rng: np.random.Generator, kind="hierarchical", focus="none"):
-    """n random actions, float64 (n, arms).
+def propose(arms: Sequence, n: int, rng: np.random.Generator, focus="none"):
+    """n random actions, float64 (n, arms): a sparse Dirichlet over the classes, a flat one within.
 
-    "flat": uniform numbers, normalised (figure 4). With 96 arms none gives an arm more than about
-    twice its share, so next token prediction could not pass 2%; figure 5 has classes at 60%.
-    "hierarchical", our choice: a sparse Dirichlet over the classes, a flat one within each. On
-    average every arm has the same share, as in figure 4: a model that knows nothing chooses that.
+    Figure 4's proposals are uniform numbers, normalised: with 96 arms none gives an arm more than
+    about twice its share, so next token prediction could not pass 2%, and figure 5 has classes at
+    60%. Here too every arm has the same share on average: a model that knows nothing chooses that.
     focus: a class that has half on average instead, while the others share the rest alike.
     """
-    if kind == "flat":
-        weights = rng.random((n, len(arms)))
-    else:
-        classes = list(dict.fromkeys(arm.cls for arm in arms))
-        of_arm = np.array([classes.index(arm.cls) for arm in arms])         # an arm's class
-        average = np.bincount(of_arm) / len(arms)
-        if focus != "none":
-            average = np.where(np.array(classes) == focus, 0.5, 0.5 / (len(classes) - 1))
-        shares = rng.dirichlet(0.5 * len(classes) * average, n)             # (n, classes)
-        within = rng.exponential(size=(n, len(arms)))   # over its sum: a flat Dirichlet
-        sums = within @ np.eye(len(classes))[of_arm]                        # (n, classes)
-        weights = (shares / sums)[:, of_arm] * within
+    classes = list(dict.fromkeys(arm.cls for arm in arms))
+    of_arm = np.array([classes.index(arm.cls) for arm in arms])             # an arm's class
+    average = np.bincount(of_arm) / len(arms)
+    if focus != "none":
+        average = np.where(np.array(classes) == focus, 0.5, 0.5 / (len(classes) - 1))
+    shares = rng.dirichlet(0.5 * len(classes) * average, n)                 # (n, classes)
+    within = rng.exponential(size=(n, len(arms)))       # over its sum: a flat Dirichlet
+    sums = within @ np.eye(len(classes))[of_arm]                            # (n, classes)
+    weights = (shares / sums)[:, of_arm] * within
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -209,14 +205,11 @@ class Birdie:
     """The bandit. The same seed, losses and steps give the same actions."""
     train_steps = 200                           # of the reward model, at every evaluation (A.1.5)
 
-    def __init__(self, arms: Sequence, max_steps: int, seed=0, focus="none",
-                 proposals="hierarchical", cube_root=True):
-        """proposals, cube_root: what experiments/bandit_world.py compares."""
+    def __init__(self, arms: Sequence, max_steps: int, seed=0, focus="none"):
         classes = list(dict.fromkeys(arm.cls for arm in arms))
         if focus not in ("none", *classes):
             raise ValueError(f"focus {focus!r} is no class; choose none, {', '.join(classes)}")
-        self.arms, self.seed, self.focus, self.proposals = arms, seed, focus, proposals
-        self.power = 3 if cube_root else 1      # the model learns R ** (1 / power)
+        self.arms, self.seed, self.focus = arms, seed, focus
         self.first_choice = round(250 * max_steps / 32000)      # uniform until then (A.1)
         self.weights = class_weights(arms)
         self.action, self.predicted = np.full(len(arms), 1 / len(arms)), None
@@ -250,8 +243,7 @@ class Birdie:
         """Train the reward model on every interval so far -> its last mean squared error."""
         losses, actions = self.history()
         R = reward(np.array(self.losses[:-1]), np.array(self.losses[1:]))
-        target = np.cbrt(R) if self.power == 3 else R
-        target = torch.tensor(target).float()[None]                         # (1, K - 1, arms)
+        target = torch.tensor(np.cbrt(R)).float()[None]                     # (1, K - 1, arms)
         for _ in range(self.train_steps):
             error = F.mse_loss(self.model(losses[:, :-1], actions)[0], target)
             self.optimizer.zero_grad()
@@ -263,7 +255,7 @@ class Birdie:
     def choose(self):
         """-> (the mean of the eight best of 2,048 proposals, the total reward predicted for it)."""
         rng = np.random.default_rng([self.seed, len(self.losses)])
-        proposals = propose(self.arms, 2048, rng, self.proposals, self.focus)
+        proposals = propose(self.arms, 2048, rng, self.focus)
         losses, actions = self.history()
         _, states = self.model(losses[:, :-1], actions)     # the past once, not for each proposal
         weights = torch.tensor(self.weights).float()
@@ -277,7 +269,7 @@ class Birdie:
         best = (predict(proposals) @ weights).topk(8).indices.numpy()
         action = proposals[best].mean(0)
         action /= action.sum()
-        return action, float(predict(action[None]) ** self.power @ weights)
+        return action, float(predict(action[None]) ** 3 @ weights)
 
     def state_dict(self) -> dict:
         return {"name": "birdie", "arms": [arm.name for arm in self.arms],

@@ -142,16 +142,12 @@ def by_class(actions):
     return np.stack([actions[:, [arm.cls == cls for arm in EVERY]].sum(1) for cls in CLASSES], 1)
 
 
-@pytest.mark.parametrize("kind", ("flat", "hierarchical"))
-def test_proposals_are_uniform_on_average_and_only_hierarchical_ones_reach_the_corners(kind):
-    actions = propose(EVERY, 2048, np.random.default_rng(0), kind)
+def test_proposals_are_uniform_on_average_and_reach_the_corners():
+    actions = propose(EVERY, 2048, np.random.default_rng(0))
     assert all(is_probability(action, len(EVERY)) for action in actions)
     n_arms = np.array([sum(arm.cls == cls for arm in EVERY) for cls in CLASSES])
     assert np.allclose(by_class(actions).mean(0), n_arms / len(EVERY), atol=0.02)
-    if kind == "hierarchical":
-        assert (by_class(actions).max(0) > 0.5).all()
-    else:
-        assert actions.max() < 3 / len(EVERY)
+    assert (by_class(actions).max(0) > 0.5).all()
 
 
 def test_a_focus_has_half_on_average_and_the_other_classes_share_the_rest():
@@ -165,15 +161,15 @@ def test_a_focus_has_half_on_average_and_the_other_classes_share_the_rest():
 def test_the_bandit_takes_its_focus_and_a_fixed_mixture_ignores_it(monkeypatch):
     asked = []
 
-    def few(arms, n, rng, kind, focus):
-        asked.append((n, kind, focus))
-        return propose(arms, 8, rng, kind, focus)
+    def few(arms, n, rng, focus):
+        asked.append((n, focus))
+        return propose(arms, 8, rng, focus)
 
     monkeypatch.setattr(scheduler, "propose", few)
     bandit = make_scheduler("birdie", EVERY, 0, seed=0, focus="copying")
     for step in (0, 1):
         bandit.update(step, np.full(len(EVERY), 2.0))
-    assert asked == [(2048, "hierarchical", "copying")]
+    assert asked == [(2048, "copying")]
     assert share(make_scheduler("ntp", EVERY, 0, 0, "copying").action, "copying") == 0
     with pytest.raises(ValueError, match="'copy' is no class; choose none, .*copying"):
         make_scheduler("birdie", EVERY, 0, focus="copy")
