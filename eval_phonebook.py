@@ -239,13 +239,13 @@ def finetune(model: LM, tok: Tokenizer, args) -> list:
     books, held_out, curve, losses = Books(tok, args), test_books(args, 1, 128), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=0.0, fused=True)
-    step_model = torch.compile(model) if args.compile == "yes" else model
+    learner = train.Learner(model, optimizer, args, clip=1.0)
     batches = Loader(books, args.seed, workers=args.workers).steps(0, args.max_steps, None)
     bar = tqdm(batches, "fine-tuning", args.max_steps, unit="step")
     for step, batch in enumerate(bar, 1):
         falling = (args.max_steps - step + 1) / max(1, args.cooldown * args.max_steps)
         lr = args.lr * min(1, step / 50, falling)
-        losses.append(train.learn(step_model, optimizer, batch, lr, 1.0, args)[0])
+        losses.append(learner.step(batch, lr)[0])
         if step % max(1, args.max_steps // 20) == 0 or step == args.max_steps:
             digits = score(responder(model, tok, args), held_out)["digits"]
             curve.append(dict(step=step, loss=torch.stack(losses).mean().item(), digits=digits))

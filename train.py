@@ -4,6 +4,7 @@
              batch(seed, rank, step, action)         -> loss -> AdamW, clipped, warm-up and cosine
 
 Run it:  python train.py                                a small model learns to look things up
+         torchrun --nproc_per_node=4 train.py --preset=gpu      the same on four GPUs
          python train.py --preset=text --data=books/    your own text
          python train.py --mixture=ntp --out_dir=ntp    a causal model, next token prediction only
          python train.py --out_dir=out --resume         go on from the last checkpoint
@@ -39,7 +40,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import cpp_extension
 from tqdm import tqdm
 
@@ -54,13 +57,14 @@ from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler,
 # tables of numbers; text: the same model for prose and code; 1.4b: the paper's (table 7; the rate
 # is ours), whose batch is for many GPUs.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4))
-LARGE = dict(data="packages", focus="none", block_size=2048, memory=2048, beta2=0.95, eval_rows=1)
+LARGE = dict(data="packages", focus="none", block_size=2048, memory=2048, beta2=0.95, eval_rows=1,
+             recompute=True)
 PRESETS = {
     "cpu": SMALL,
     "text": dict(**SMALL, data="stdlib", focus="none", memory=128, batch_size=32, max_steps=4000,
                  lr=3e-3, beta2=0.95),
     "gpu": dict(**LARGE, n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512,
-                d_state=1024, n_head=8, batch_size=32, max_steps=4000, lr=1e-3),
+                d_state=1024, n_head=8, batch_size=32, max_steps=3800, lr=1e-3),
     "110m": dict(**LARGE, n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768,
                  d_state=1536, n_head=12, batch_size=32, max_steps=32000, lr=6e-4),
     "1.4b": dict(**LARGE, n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048,
@@ -91,8 +95,9 @@ def command_line(usage):
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, type=number(int, 0), help="of random weights and of the batches")
     flag("--workers", default=1, type=number(int, 0), help="processes that make batches")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or cuda:1 ...")
-    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cpu, cuda, cuda:1 ... or mps")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
          help="of matrix products; auto: what is faster here")
     flag("--compile", default="auto", choices=("auto", "yes", "no"),
          help="torch.compile; auto: for runs of 2 million tokens and more")
@@ -128,7 +133,7 @@ def parse_args(argv):
     flag("--clip", default=1.0, type=number(float, 1e-12), help="largest norm of the gradient")
     flag("--eval_rows", default=4, type=count, help="validation rows for each arm")
     flag("--recompute", action="store_true",
-         help="compute activations again in backward: less memory, a third more time")
+         help="backward computes what is pointwise again: a third of the memory")
 
     args = parser.parse_args(argv)
     if args.resume:
@@ -156,27 +161,31 @@ def resumed(parser, argv, config, path, may_change):
 def settle(args):
     """Decide what was left to this machine, and say why."""
     kind, _, index = args.device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"device {args.device!r} is unknown; choose cpu, cuda or cuda:N")
-    on_gpu = kind == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError(f"torch {torch.__version__} finds no CUDA device for --device="
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in has or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device {args.device!r} is unknown; choose cpu, cuda, cuda:N or mps")
+    if not has[kind]:
+        raise ValueError(f"torch {torch.__version__} finds no {kind.upper()} device for --device="
                          f"{args.device}; pass --device=cpu")
-    reason = "as given"
+    on_gpu, reason = kind == "cuda", "as given"
     if args.dtype == "auto" and on_gpu:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if has_bfloat16 else "float32"
+        args.dtype = "bfloat16" if has_bfloat16 else "float16"      # a T4 or V100 has none
         reason = "what this GPU is made for"
+    elif args.dtype == "auto" and kind == "mps":
+        args.dtype, reason = "float32", "never measured on mps"
     elif args.dtype == "auto":
         gain = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
         args.dtype = "bfloat16" if gain > 1.5 else "float32"
         reason = f"bfloat16 products are {gain:.1f} times as fast as float32"
-    threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
+    args.dtype = from_first(args.dtype)     # it may have been timed
+    threads = "" if kind != "cpu" else f", {torch.get_num_threads()} threads"
     print(f"device   {args.device}{threads}; {args.dtype} ({reason})")
 
     reason = "as given"
     if args.compile == "auto":
-        compiler = find_spec("triton") if on_gpu else shutil.which(cpp_extension.get_cxx_compiler())
+        compiler = (find_spec("triton") if on_gpu else kind == "cpu" and
+                    shutil.which(cpp_extension.get_cxx_compiler()))
         short = args.max_steps * args.batch_size * args.block_size < 2_000_000
         args.compile = "no" if short or not compiler else "yes"
         reason = ("the run is over before it pays" if short else "the first step takes about 20 s"
@@ -209,28 +218,163 @@ def model_config(args, tok):
     return ModelConfig(vocab_size=tok.vocab_size, **{name: getattr(args, name) for name in names})
 
 
+# ---- several processes (torchrun): the same batch, of which each has its rows -------------------
+
+def processes():
+    """-> (rank of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(args):
+    """Under torchrun: meet the others; only the first prints."""
+    if "RANK" not in os.environ:
+        return
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group()
+    rank, n = processes()
+    if args.batch_size < n:
+        raise ValueError(f"batch_size is {args.batch_size} rows for {n} processes; each needs one")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def sum_over(*values):
+    """Numbers or CPU tensors -> their sums over the processes."""
+    tensors = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors
+
+
+def from_first(value):
+    """What the first process has there."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 # ---- one step ----------------------------------------------------------------------------------
 
 def autocast(args):
-    """Mixed precision: weights and residual in float32, matrix products in bfloat16."""
+    """Mixed precision: weights and residual in float32, matrix products in 16 bits."""
     if args.dtype == "float32":
         return nullcontext()
-    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16)
+    return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.dtype))
 
 
-def learn(model, optimizer, batch, lr, clip, args):
-    """One step of AdamW on a batch -> its loss, and the norm of the gradient before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    inputs = (batch["tokens"], batch["reset"], batch["targets"])
-    inputs = [tensor.to(args.device, non_blocking=True) for tensor in inputs]
-    with autocast(args):
-        _, loss = model(*inputs)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach(), norm
+def n_labels(targets):
+    """Of a batch that is still on the CPU: nothing waits for a GPU."""
+    return np.count_nonzero(targets.numpy() != IGNORE)
+
+
+class Learner:
+    """Steps of AdamW: in as many micro-batches as memory asks for, on as many devices as there are.
+
+    A micro-batch weighs by its label tokens, so the gradient is that of the whole batch. float16
+    has too few small numbers for gradients: the loss is scaled up, and a step whose gradients
+    overflow is skipped, which `skipped` counts.
+    """
+
+    def __init__(self, model, optimizer, args, clip):
+        self.raw, self.optimizer, self.args, self.clip = model, optimizer, args, clip
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type,
+                                           enabled=args.dtype == "float16")
+        self.model, self.rows, self.skipped = model, None, 0
+        if args.compile == "yes":
+            torch._dynamo.config.optimize_ddp = False       # it would cut the graph in pieces
+            self.model = torch.compile(model, dynamic=False)
+        if processes()[1] > 1:
+            self.model = DistributedDataParallel(self.model)
+
+    def step(self, batch, lr):
+        """-> the loss of this process's rows (its part of the batch's), and the gradient's norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rank, n = processes()
+        labels = n_labels(batch["targets"])     # of the whole batch
+        size = len(batch["targets"])
+        mine = {key: batch[key][rank * size // n:(rank + 1) * size // n]
+                for key in ("tokens", "reset", "targets")}
+        if self.rows is None:
+            self.rows = self.rows_that_fit(mine)
+        starts, loss = range(0, len(mine["targets"]), self.rows), 0.0
+        for start in starts:
+            piece = [tensor[start:start + self.rows] for tensor in mine.values()]
+            weight = n * n_labels(piece[2]) / labels
+            loss = loss + self.backward(piece, weight, last=start == starts[-1])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.skipped = self.skipped + ~norm.isfinite()
+        self.optimizer.zero_grad()
+        return loss / n, norm
+
+    def backward(self, piece, weight, last):
+        """Add the gradients of a micro-batch -> its loss; both times weight."""
+        inputs = [tensor.to(self.args.device, non_blocking=True) for tensor in piece]
+        alone = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if alone else nullcontext():  # the last one's are sent around
+            with autocast(self.args):
+                _, loss = self.model(*inputs)
+            self.scaler.scale(loss * weight).backward()
+        return loss.detach() * weight
+
+    def counts(self):
+        """For the log: steps that were skipped since this process began (float16 only)."""
+        return {"skipped": int(self.skipped)} if self.scaler.is_enabled() else {}
+
+    def rows_that_fit(self, batch):
+        """Found by trying: first what free memory suggests, then half of it while that is short."""
+        size = len(batch["targets"])
+        pieces, largest = 1, size
+        if torch.device(self.args.device).type == "cuda":
+            largest = self.rows_in_free_memory(batch)
+        while -(-size // pieces) > max(1, largest):
+            pieces *= 2
+        while True:
+            rows = -(-size // pieces)
+            try:
+                self.backward([tensor[:rows] for tensor in batch.values()], 1.0, last=False)
+                break
+            except torch.OutOfMemoryError as error:
+                problem = str(error)        # not the error: it would hold the tensors
+            finally:
+                self.optimizer.zero_grad()
+            if rows == 1:
+                T = batch["targets"].shape[1]
+                raise ValueError(f"one row of {T} tokens does not fit into memory ({problem}); "
+                                 f"pass --recompute, or smaller --block_size, --d_state, --d_model "
+                                 f"or --n_layer")
+            torch.cuda.empty_cache()
+            pieces *= 2
+            print(f"memory   {rows} rows do not fit: trying {-(-size // pieces)} at a time")
+        if dist.is_initialized():
+            most = torch.tensor(pieces)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            pieces = int(most)
+        if pieces > 1:
+            print(f"memory   a step is {pieces} micro-batches of {-(-size // pieces)} rows")
+        return -(-size // pieces)
+
+    def rows_in_free_memory(self, batch):
+        """By what one row takes, and AdamW's two numbers a parameter."""
+        torch.cuda.empty_cache()
+        free = 0.9 * torch.cuda.mem_get_info()[0] - 8 * sum(p.numel() for p in self.raw.parameters())
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            with autocast(self.args):
+                row = (tensor[:1].to(self.args.device) for tensor in batch.values())
+                self.raw(*row)[1].backward()
+        except torch.OutOfMemoryError:
+            return 1
+        return int(free / (torch.cuda.max_memory_allocated() - before))
 
 
 def learning_rate(step, args):
@@ -258,7 +402,8 @@ class Validation:
     def __call__(self, model, args):
         """-> (loss in nats a label token, share of label tokens guessed right), float64 (arms,)."""
         sums = torch.zeros(3, len(self.arms), dtype=torch.float64)
-        for start in range(0, len(self.rows["tokens"]), args.batch_size):
+        rank, n = processes()           # each takes its part of the rows
+        for start in range(rank * args.batch_size, len(self.rows["tokens"]), n * args.batch_size):
             rows = {key: value[start:start + args.batch_size].to(args.device)
                     for key, value in self.rows.items()}
             with autocast(args):
@@ -267,9 +412,10 @@ class Validation:
             logits, targets = logits[asked].float(), rows["targets"][asked]
             loss = F.cross_entropy(logits, targets, reduction="none")
             right, one = logits.argmax(-1) == targets, torch.ones_like(loss)
+            arm = rows["arm"][asked].long().cpu()
             for total, value in zip(sums, (loss, right, one)):
-                arm = rows["arm"][asked].long()
-                total += torch.bincount(arm, value.double(), len(self.arms)).cpu()
+                total += torch.bincount(arm, value.cpu().double(), len(self.arms))
+        sums, = sum_over(sums)
         return (sums[0] / sums[2]).numpy(), (sums[1] / sums[2]).numpy()
 
 
@@ -325,6 +471,8 @@ class Log:
     def __init__(self, path, resume_at=None):
         """A resumed run writes the lines from its step on again, so the old ones are dropped."""
         self.path, kept = path, []
+        if processes()[0]:
+            return
         if resume_at is not None and os.path.exists(path):
             with open(path) as file:
                 kept = [line for line in file
@@ -334,8 +482,9 @@ class Log:
         os.replace(path + ".part", path)
 
     def write(self, **entry):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        if processes()[0] == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
 class StopSignal:
@@ -370,7 +519,9 @@ class Run:
         self.model = LM(model_config(args, self.tok)).to(args.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(args.weight_decay), args.lr, (0.9, args.beta2), fused=True)
-        self.parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.learner = Learner(self.model, self.optimizer, args, args.clip)
+        self.parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler,
+                          scaler=self.learner.scaler)
         if saved:
             self.restore(saved)
         self.path = os.path.join(args.out_dir, "ckpt.pt")
@@ -392,6 +543,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.start, self.before = saved["step"], saved["losses"] and np.array(saved["losses"])
+        self.action = self.scheduler.action
 
     def passes(self, step):
         """How often the text has been read."""
@@ -412,18 +564,21 @@ class Run:
             raise ValueError(f"the weights are no longer finite at step {step}; {self.path} is "
                              f"from before: start anew in another --out_dir, with a lower --lr "
                              f"than {self.args.lr:g}")
-        save_checkpoint(self.path, dict(
-            step=step, config=vars(self.args), model_config=asdict(self.model.config),
-            tokenizer=self.tok.arguments, data=self.corpus.size,
-            losses=None if self.before is None else self.before.tolist(),
-            **{name: part.state_dict() for name, part in self.parts.items()}))
+        if processes()[0] == 0:
+            save_checkpoint(self.path, dict(
+                step=step, config=vars(self.args), model_config=asdict(self.model.config),
+                tokenizer=self.tok.arguments, data=self.corpus.size,
+                losses=None if self.before is None else self.before.tolist(),
+                **{name: part.state_dict() for name, part in self.parts.items()}))
 
     def evaluate(self, step):
+        """-> the action until the next evaluation. The first process's scheduler chooses for all."""
         loss, accuracy = self.validation(self.model, self.args)
         predicted = getattr(self.scheduler, "predicted", None)
-        self.scheduler.update(step, loss.copy())
-        entry = report(step, self.arms, loss, accuracy, self.before, self.scheduler.action,
-                       predicted)
+        if processes()[0] == 0:
+            self.scheduler.update(step, loss.copy())
+        self.action = from_first(self.scheduler.action)
+        entry = report(step, self.arms, loss, accuracy, self.before, self.action, predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))
         self.before = loss
 
@@ -434,17 +589,18 @@ def train(args, saved=None):
         raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or choose "
                          f"another --out_dir")
     args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
+    join_processes(args)
     settle(args)
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)
-    run = Run(args, saved)
+    run, (rank, n_processes) = Run(args, saved), processes()
     run.describe()
-    model = torch.compile(run.model) if args.compile == "yes" else run.model
     loader, stop = Loader(run.batches, args.seed, workers=args.workers), StopSignal()
     evaluations = evaluation_steps(args.max_steps)
-    with tqdm(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05) as bar:
+    with tqdm(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
+              mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank > 0) as bar:
         for begin, end in zip(evaluations, [*evaluations[1:], args.max_steps + 1]):
             if end <= run.start:
                 continue
@@ -452,23 +608,30 @@ def train(args, saved=None):
                 run.save(begin)         # first, so that resuming repeats the evaluation
                 run.evaluate(begin)
             first, tick = max(begin, run.start), time.perf_counter()
-            steps = loader.steps(first, min(end, args.max_steps), run.scheduler.action)
-            for step, batch in enumerate(steps, first):
+            for step, batch in enumerate(loader.steps(first, min(end, args.max_steps), run.action),
+                                         first):
                 lr = learning_rate(step, args)
-                loss, norm = learn(model, run.optimizer, batch, lr, args.clip, args)
+                loss, norm = run.learner.step(batch, lr)
                 bar.update()
-                if (step + 1) % 10 == 0:
+                asked = stop.asked
+                stopping = asked and n_processes == 1
+                if (step + 1) % 10 == 0:        # the only steps that wait for the device
+                    loss, asked = (x.item() for x in sum_over(loss.cpu(), asked))
                     seconds, tick = time.perf_counter() - tick, time.perf_counter()
                     n_steps = min(10, step + 1 - first)
                     speed = round(n_steps * args.batch_size * args.block_size / seconds)
-                    bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,} tokens/s")
-                    run.log.write(step=step, train_loss=loss.item(), norm=norm.item(), lr=lr,
-                                  tokens_per_s=speed)
-                if stop.asked:
+                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
+                    run.log.write(step=step, train_loss=loss, norm=norm.item(), lr=lr,
+                                  tokens_per_s=speed, **run.learner.counts())
+                    stopping = asked > 0        # all processes at the same step
+                if stopping:
                     run.save(step + 1)
                     raise SystemExit(f"stopped after step {step + 1}; go on with: python train.py "
                                      f"--out_dir={args.out_dir} --resume")
-    show_samples(run.model, run.tok, run.validation, args)
+    if rank == 0:
+        show_samples(run.model, run.tok, run.validation, args)
+    if n_processes > 1:
+        dist.destroy_process_group()
 
 
 # ---- what the model has learnt, as text --------------------------------------------------------

@@ -128,8 +128,7 @@ def bench_step(args):
         for name, model in models.items():
             model.to(args.device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-            step_model = torch.compile(model) if args.compile == "yes" else model
-            steps[name] = partial(train.learn, step_model, optimizer, batch, 1e-3, 1.0, args)
+            steps[name] = partial(train.Learner(model, optimizer, args, 1.0).step, batch, 1e-3)
         if T == lengths[0]:
             counts = [sum(p.numel() for p in m.blocks.parameters()) for m in models.values()]
             print(f"training, tokens/s, {n_tokens:,} tokens a step\n{'':18s}"

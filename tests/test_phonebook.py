@@ -290,11 +290,11 @@ def test_from_scratch_no_checkpoint_is_read(causal, tmp_path):
 def test_the_learning_rate_rises_stays_and_falls(cooldown, last, run, tmp_path, monkeypatch):
     seen = []
 
-    def learn(model, optimizer, batch, lr, clip, args):
+    def step(self, batch, lr):
         seen.append(lr)
         return torch.zeros(()), None
 
-    monkeypatch.setattr(train, "learn", learn)
+    monkeypatch.setattr(train.Learner, "step", step)
     main(flags(**{**TINY, "max_steps": 100, "test_books": 1, "lr": 1e-3, "cooldown": cooldown,
                   "ckpt": run / "ckpt.pt", "out_dir": tmp_path}))
     assert np.allclose(seen[:50], 1e-3 * np.arange(1, 51) / 50) and seen[50:75] == [1e-3] * 25

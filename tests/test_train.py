@@ -3,6 +3,7 @@ input ends in one line, and what one adds trains: a setting, a class, a mixer, a
 
     python -m pytest tests/test_train.py
 """
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from model import IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, answer, load_checkpoint
@@ -179,6 +181,163 @@ def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_ano
                 changed[b, at] = 0 if tokens[b, at] else 1
                 reach[b, at if at > gen else first:end] = True
             assert not ((model(changed, reset)[0] != before).any(-1) & ~reach).any()
+
+
+# ---- one step, in pieces and in 16 bits --------------------------------------------------------
+
+def learner(text, dtype="float32", **sizes):
+    """-> (a Learner of a small model, a batch of four rows with 1, 8, 20 and 50 labels)."""
+    args, _ = parse_args(flags(**{**TINY, "data": text, "dtype": dtype, **sizes}))
+    tok = Tokenizer(args.tokenizer, n_masks=8)
+    torch.manual_seed(0)
+    model = LM(train.model_config(args, tok))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    targets = torch.randint(256, (4, 64))
+    for row, n in zip(targets, (1, 8, 20, 50)):
+        row[n:] = IGNORE
+    reset = torch.zeros(4, 64, dtype=torch.uint8)
+    reset[:, 0] = RESET_FORWARD
+    batch = dict(tokens=torch.randint(256, (4, 64)), targets=targets, reset=reset)
+    return train.Learner(model, optimizer, args, clip=1e9), batch
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute": True}])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(text, recompute):
+    found = []
+    for rows in (4, 2, 1):
+        step, batch = learner(text, **recompute)
+        step.rows, step.optimizer.zero_grad = rows, lambda: None
+        loss, norm = step.step(batch, 0.0)
+        found.append([loss, norm, *(p.grad for p in step.raw.parameters())])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found[0], other))
+
+
+def too_large(monkeypatch, n_rows):
+    """A device without room for more than n_rows at a time."""
+    forward = LM.forward
+
+    def short(self, tokens, *rest):
+        if torch.is_grad_enabled() and len(tokens) > n_rows:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(tokens)} rows")
+        return forward(self, tokens, *rest)
+    monkeypatch.setattr(LM, "forward", short)
+
+
+def test_a_run_that_is_told_out_of_memory_twice_ends_with_the_same_losses(text, tmp_path, capsys,
+                                                                          monkeypatch):
+    tiny(str(tmp_path / "whole"), text)
+    too_large(monkeypatch, 1)
+    tiny(str(tmp_path / "pieces"), text)
+    out = capsys.readouterr().out
+    assert "4 rows do not fit: trying 2" in out and "a step is 4 micro-batches of 1 rows" in out
+    one, two = ([line["mean_loss"] for line in evaluations(tmp_path / run)]
+                for run in ("whole", "pieces"))
+    assert np.allclose(one, two, atol=1e-5)
+
+
+def test_a_row_that_does_not_fit_says_what_to_change(text, tmp_path, monkeypatch):
+    too_large(monkeypatch, 0)
+    with pytest.raises(SystemExit, match="error: one row of 64 tokens .*1 rows.*--recompute"):
+        tiny(str(tmp_path), text)
+
+
+def test_float16_ends_as_bfloat16_does(text, tmp_path):
+    for dtype in ("float16", "bfloat16"):
+        tiny(str(tmp_path / dtype), text, dtype=dtype, max_steps=300)
+    half, brain = (evaluations(tmp_path / dtype)[-1]["mean_loss"]
+                   for dtype in ("float16", "bfloat16"))
+    assert abs(half / brain - 1) < 0.02
+    assert log_of(tmp_path / "float16")[-2]["skipped"] < 10
+    assert "skipped" not in log_of(tmp_path / "bfloat16")[-2]
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_counted(text):
+    step, batch = learner(text, dtype="float16")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 60)
+    before = [p.clone() for p in step.raw.parameters()]
+    step.step(batch, 0.1)
+    assert step.counts() == {"skipped": 1}
+    assert all(torch.equal(one, two) for one, two in zip(before, step.raw.parameters()))
+    assert step.scaler.get_scale() == 2.0 ** 59
+
+
+def test_a_step_never_waits_for_the_device(text):
+    """Reading a number of a GPU's tensor on the CPU is this operator."""
+    class Watch(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.seen += operator in (torch.ops.aten._local_scalar_dense.default,
+                                      torch.ops.aten.nonzero.default)
+            return operator(*args, **(kwargs or {}))
+
+    step, batch = learner(text)
+    with Watch() as watch:
+        for _ in range(3):
+            loss, _ = step.step(batch, 0.1)
+        assert watch.seen == 0
+        loss.item()
+    assert watch.seen == 1
+
+
+# ---- several processes -------------------------------------------------------------------------
+
+def torchrun(n, out_dir, text, **settings):
+    """n processes, or with n = 0 one without torchrun."""
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", "train.py"] if n else ["train.py"]
+    settings = {**TINY, "data": text, "out_dir": out_dir, **settings}
+    return subprocess.Popen([sys.executable, *command, *flags(**settings)], cwd=ROOT, env=ENV,
+                            start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def still_there(session):
+    found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def test_two_processes_train_as_one_does(text, tmp_path):
+    settings = dict(max_steps=50, mixture="birdie", batch_size=5)   # 2 rows and 3
+    for n in (0, 2):
+        assert torchrun(n, str(tmp_path / str(n)), text, **settings).wait(120) == 0
+    assert sorted(os.listdir(tmp_path / "2")) == ["ckpt.pt", "log.jsonl"]
+    logs = [log_of(tmp_path / n) for n in "02"]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    for key in ("train_loss", "mean_loss"):
+        one, two = ([line[key] for line in log if key in line] for log in logs)
+        assert len(one) >= 5 and np.allclose(one, two, atol=1e-5)
+    one, two = ([line["arm_share"] for line in log if "arm_share" in line] for log in logs)
+    assert np.allclose(one[:-1], two[:-1], atol=1e-4)       # nothing is drawn from the last one
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGKILL to a rank"])
+def test_when_one_process_stops_all_do_and_the_folder_is_whole(how, text, tmp_path):
+    out_dir = str(tmp_path)
+    run = torchrun(2, out_dir, text, max_steps=100_000, workers=1)
+    try:
+        wait_for(lambda: os.path.exists(os.path.join(out_dir, "log.jsonl"))
+                 and any("train_loss" in line for line in log_of(out_dir)))
+        if how == "SIGTERM to torchrun":
+            run.terminate()
+        else:
+            ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+            os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+        said = run.communicate(timeout=60)[1]
+        wait_for(lambda: not still_there(run.pid), 30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    saved = checkpoint(out_dir)["step"]
+    if how == "SIGTERM to torchrun":
+        assert saved > 0 and f"stopped after step {saved}" in said
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
 
 
 # ---- resuming ----------------------------------------------------------------------------------
@@ -451,7 +610,7 @@ BAD = [
     (dict(data="other_tokens"), "--tokenizer"), (dict(data="odd_size"), "prepare"),
     (dict(tokenizer="gpt3"), "gpt2"), (dict(tokenizer="bad.tiktoken"), "tiktoken"),
     (dict(mixture="birdy"), "birdie"), (dict(arch="no_such"), "hawk"), (dict(focus="x"), "copying"),
-    (dict(device="mps"), "choose cpu"), (dict(device="cuda"), "--device=cpu"),
+    (dict(device="mps"), "--device=cpu"), (dict(device="tpu"), "choose cpu"), (dict(device="cuda"), "--device=cpu"),
     (dict(block_size=16), "--block_size"), (dict(arch="transformer", d_model=18), "n_head"),
     (dict(max_steps=0), "from 1"), (dict(lr="nan"), "from 1e-12"), (dict(beta2=1.0), "to 0.999999"),
     (dict(lr="fast"), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="taken"), "--resume"),
