@@ -365,7 +365,8 @@ class Learner:
     def rows_in_free_memory(self, batch):
         """By what one row takes, and AdamW's two numbers a parameter."""
         torch.cuda.empty_cache()
-        free = 0.9 * torch.cuda.mem_get_info()[0] - 8 * sum(p.numel() for p in self.raw.parameters())
+        adam = 8 * sum(p.numel() for p in self.raw.parameters())
+        free = 0.9 * torch.cuda.mem_get_info()[0] - adam
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -541,7 +542,8 @@ class Run:
             raise ValueError(f"the run was trained on {saved['data']} tokens, and --data now has "
                              f"{self.corpus.size}; give it the same text, or another --out_dir")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            if name in saved:           # the scaler is not in a checkpoint from before float16
+                part.load_state_dict(saved[name])
         self.start, self.before = saved["step"], saved["losses"] and np.array(saved["losses"])
         self.action = self.scheduler.action
 
@@ -572,7 +574,7 @@ class Run:
                 **{name: part.state_dict() for name, part in self.parts.items()}))
 
     def evaluate(self, step):
-        """-> the action until the next evaluation. The first process's scheduler chooses for all."""
+        """Losses, and the next action; the scheduler of the first process chooses for all."""
         loss, accuracy = self.validation(self.model, self.args)
         predicted = getattr(self.scheduler, "predicted", None)
         if processes()[0] == 0:
