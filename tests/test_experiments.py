@@ -21,6 +21,7 @@ import bandit_world
 import bench
 import figure1
 import figure5
+import gpu
 
 
 def one_line(main, argv, message):
@@ -177,3 +178,30 @@ def test_the_table_of_simulated_worlds_is_printed(monkeypatch, capsys):
     bandit_world.table(1)
     out = capsys.readouterr().out
     assert all(way in out for way in bandit_world.WAYS) and "of 1" in out
+
+
+def test_the_check_on_a_gpu_goes_on_after_an_error_and_ends_with_it(tmp_path, monkeypatch, capsys):
+    report = tmp_path / "gpu.json"
+    command = ["--device=cpu", "--quick", f"--out={report}"]
+    gpu.main([*command, "--only=kernel,sanitizer,scan,step,decode"])
+    parts, out = json.loads(report.read_text())["parts"], capsys.readouterr().out
+    assert parts["kernel"]["torch"]["cases"] and parts["kernel"]["torch"]["dx"] < 1e-6
+    assert parts["step"]["110m hawk"]["tokens_per_s"] > 0
+    assert all(f"\n{part}: " in out for part in parts)
+
+    right = gpu.S.torch_gradients
+
+    def wrong(a, h, g, da, dx, reverse):
+        right(a, h, g, da, dx, reverse)
+        if reverse:
+            da[:, -1] += 1                      # the first step, which has no state before it
+    monkeypatch.setattr(gpu.S, "torch_gradients", wrong)
+    one_line(gpu.main, [*command, "--only=decode,kernel"], "something went wrong")
+    parts = json.loads(report.read_text())["parts"]
+    assert "da is off by" in parts["kernel"]["torch"]["error"]
+    assert "error" not in parts["kernel"].get("cpp", {}) and "error" not in str(parts["decode"])
+
+    gpu.main([*command, "--only=scan", "--minutes=0"])
+    assert set(json.loads(report.read_text())["parts"]["scan"].values()) == {
+        "skipped: the time is over"}
+    one_line(gpu.main, [*command, "--only=kernle"], "choose from kernel, sanitizer, scan")

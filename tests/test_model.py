@@ -4,18 +4,17 @@ forward, blocks equal to their equations, and mixers that one adds.
     python -m pytest tests/test_model.py
 """
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 import objectives
+from gpu import kept_bytes
 from model import (IGNORE, LM, MIXERS, RESET_FORWARD, RESET_REVERSE, Attention, BoundedSqrt,
                    Boundaries, GatedSSM, Hawk, ModelConfig, Recurrence, demo, linear)
 from train import model_config, parse_args
@@ -382,61 +381,32 @@ def test_recomputing_activations_changes_no_gradient(arch):
     assert all(torch.allclose(one, two, atol=1e-7) for one, two in zip(*gradients))
 
 
-def forward_of(arch, n_layer, n_rows, compiled):
-    """-> the forward pass of a model of the size of the preset `gpu`, to be called."""
-    model = LM(ModelConfig(arch=arch, n_layer=n_layer, d_model=512, d_state=1024, n_head=8,
-                           recompute=True))
-    if compiled:        # the graphs of forward and backward as they are compiled, but not compiled
-        torch._dynamo.reset()
-        model = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
-    tokens = torch.randint(2000, (n_rows, 64))
-    return partial(model, tokens, torch.zeros_like(tokens, dtype=torch.uint8), tokens)
+@pytest.mark.parametrize("arch, limit", [("gated_ssm", 16e3), ("hawk", 22e3), ("transformer", 14e3)])
+def test_what_backward_keeps_of_a_token_in_a_layer(arch, limit):
+    """At the size of the preset `gpu`, in bytes."""
+    assert 0.8 * limit < kept_bytes(arch, recompute=True)[0] <= limit
+    assert kept_bytes(arch, recompute=False)[0] > 2 * limit
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of what operators wrote, and of what somebody still holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.written = {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.written[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def bytes(self):
-        return sum(size for storage, size in self.written.values() if not storage.expired())
-
-
-def eager_bytes(*sizes):
-    with torch.autocast("cpu", torch.bfloat16), Alive() as alive:
-        loss = forward_of(*sizes, compiled=False)()[1]      # whose graph holds what is kept
-        return loss.requires_grad and alive.bytes()
-
-
-def compiled_bytes(*sizes):
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward_of(*sizes, compiled=True)()
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("kept, arch, limit", [
-    (eager_bytes, "gated_ssm", 16_000), (compiled_bytes, "gated_ssm", 16_000),
-    (eager_bytes, "hawk", 22_000), (eager_bytes, "transformer", 14_000)])
-def test_what_backward_keeps_of_a_token_in_a_layer(kept, arch, limit):
+def test_what_the_compiled_backward_keeps_of_a_token_in_a_layer():
     """By two differences: between two and four rows (weights count once), and in depth."""
-    a_token = [(kept(arch, n_layer, 4) - kept(arch, n_layer, 2)) / 128 for n_layer in (1, 2)]
-    assert 0.5 * limit < a_token[1] - a_token[0] <= limit
+    def saved(n_layer, n_rows):
+        torch._dynamo.reset()
+        model = LM(ModelConfig(n_layer=n_layer, d_model=512, d_state=1024, recompute=True))
+        model = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+        tokens, sizes = torch.randint(2000, (n_rows, 64)), {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                model(tokens, torch.zeros_like(tokens, dtype=torch.uint8), tokens)
+        return sum(sizes.values())
+
+    one, two = ((saved(n_layer, 4) - saved(n_layer, 2)) / 128 for n_layer in (1, 2))
+    assert 8_000 < two - one <= 16_000
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -4,7 +4,6 @@ the paper's; the bandit predicts, and learns from its history what helps.
     python -m pytest tests/test_scheduler.py
 """
 import math
-import os
 import re
 import sys
 from types import SimpleNamespace
@@ -14,13 +13,10 @@ import pytest
 import torch
 
 import scheduler
+from bandit_world import World, best_fixed, run
 from objectives import CLASSES, arms
 from scheduler import (MIXTURES, Birdie, class_weights, evaluation_steps, make_scheduler, propose,
                        reward)
-
-sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-                             "experiments"))
-from bandit_world import World, best_fixed, run
 
 EVERY = arms(2048)
 nan, inf = math.nan, math.inf
