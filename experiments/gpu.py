@@ -140,7 +140,8 @@ def sanitize(program, tool, args):
     said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
     errors = re.findall(r"SUMMARY: (\d+) ", "\n".join(said))
     if not errors:
-        raise RuntimeError(f"no result (exit code {done.returncode}): {done.stderr[-200:]}")
+        last = (done.stderr or done.stdout or "nothing").strip().splitlines()[-1]
+        raise RuntimeError(f"no result (exit code {done.returncode}; 124: no time left): {last}")
     return {"errors": int(errors[-1])} | ({"error": said[1]} if int(errors[-1]) else {})
 
 
@@ -158,6 +159,7 @@ def part_sanitizer(args):
 # ---- the scan: how fast? -------------------------------------------------------------------------
 
 def scan_speed(shape, peers, args):
+    """Shares, with copy_ and all others taking turns."""
     device, calls = args.torch_device, 10 if args.on_gpu else 1     # a GPU's are queued: no waiting
     best, _, launch = S.choose(device)
     a, x, g, h, da, dx = (torch.rand(shape, device=device) for _ in range(6))
@@ -248,7 +250,7 @@ def step_speed(make, preset, arch, product, args, choose=S.choose):
 
 
 def part_step(args):
-    """Utilisation: 6 FLOP a parameter (but the embedding) and token, over those of a product."""
+    """Utilisation: 6 FLOP a parameter (but the embedding) and token, over those of one large product."""
     product = product_speed(args)
     yield "bfloat16 product", lambda: product
     for preset in ("gpu", "110m"):
@@ -303,7 +305,7 @@ def kept_bytes(arch: str, recompute: bool, d_model: int = 512, d_state: int = 10
     return (four - two) / 2, 2 * two - four
 
 
-def room(preset, arch, recompute, args):
+def room_for_rows(preset, arch, recompute, args):
     sizes, _ = train.parse_args([f"--preset={preset}", f"--arch={arch}"])
     with FakeTensorMode():
         fixed = 16 * make_model(sizes).n_parameters()           # weights, gradients, AdamW
@@ -321,14 +323,14 @@ def part_memory(args):
     """Bytes a token; rows_N: the largest micro-batch in N GiB, of which a tenth stays free."""
     presets = ["gpu"] if args.quick else ["gpu", "110m", "1.4b"]
     for preset, arch, recompute in itertools.product(presets, MIXERS, (False, True)):
-        yield f"{preset} {arch}{', recompute' * recompute}", partial(room, preset, arch, recompute,
-                                                                     args)
+        row = f"{preset} {arch}{', recompute' * recompute}"
+        yield row, partial(room_for_rows, preset, arch, recompute, args)
 
 
 # ---- whole programs ------------------------------------------------------------------------------
 
 def train_for(seconds, args):
-    """Of train_loss lines, so long from the first on; it must come within two minutes."""
+    """For so long from the first train_loss line on, which must come within two minutes."""
     with tempfile.TemporaryDirectory() as folder:
         log, screen, losses = Path(folder, "run", "log.jsonl"), Path(folder, "screen"), []
         command = [sys.executable, "train.py", "--preset=gpu", f"--device={args.device}",

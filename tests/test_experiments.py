@@ -183,7 +183,7 @@ def test_the_table_of_simulated_worlds_is_printed(monkeypatch, capsys):
 def test_the_check_on_a_gpu_goes_on_after_an_error_and_ends_with_it(tmp_path, monkeypatch, capsys):
     report = tmp_path / "gpu.json"
     command = ["--device=cpu", "--quick", f"--out={report}"]
-    gpu.main([*command, "--only=kernel,sanitizer,scan,step,decode"])
+    gpu.main([*command, "--only=kernel,sanitizer,scan,step"])
     parts, out = json.loads(report.read_text())["parts"], capsys.readouterr().out
     assert parts["kernel"]["torch"]["cases"] and parts["kernel"]["torch"]["dx"] < 1e-6
     assert parts["step"]["110m hawk"]["tokens_per_s"] > 0
@@ -196,10 +196,10 @@ def test_the_check_on_a_gpu_goes_on_after_an_error_and_ends_with_it(tmp_path, mo
         if reverse:
             da[:, -1] += 1                      # the first step, which has no state before it
     monkeypatch.setattr(gpu.S, "torch_gradients", wrong)
-    one_line(gpu.main, [*command, "--only=decode,kernel"], "something went wrong")
+    one_line(gpu.main, [*command, "--only=scan,kernel"], "something went wrong")
     parts = json.loads(report.read_text())["parts"]
     assert "da is off by" in parts["kernel"]["torch"]["error"]
-    assert "error" not in parts["kernel"].get("cpp", {}) and "error" not in str(parts["decode"])
+    assert "error" not in parts["kernel"].get("cpp", {}) and "error" not in str(parts["scan"])
 
     gpu.main([*command, "--only=scan", "--minutes=0"])
     assert set(json.loads(report.read_text())["parts"]["scan"].values()) == {
