@@ -303,7 +303,8 @@ MIXERS = {"gated_ssm": GatedSSM, "hawk": Hawk, "transformer": Attention}
 aten = torch.ops.aten
 KEPT = {aten.mm.default, aten.addmm.default, torch.ops.birdie.scan.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default}
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default}
 # torch warns of writing in place; nothing here does
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 LOSS_TOKENS = 4096      # whose logits are in float32 at the same time

@@ -149,8 +149,9 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
     };
 
     i64 t = begin;
-    if constexpr (U > 1) for (; t + U < end; t += U) {  // a GPU's thread asks for U steps before it
-        float gate[U], in[U], before[U];                // uses one, or it would wait for each
+    const i64 safe = end - (STATES && end == j.T);      // the scan's first state has none before it
+    if constexpr (U > 1) for (; t + U <= safe; t += U) {        // a GPU's thread asks for U steps
+        float gate[U], in[U], before[U];                // before it uses one, or waits for each
 #pragma unroll
         for (int u = 0; u < U; u++, read_on()) {
             gate[u] = *a;
@@ -161,7 +162,7 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
         for (int u = 0; u < U; u++, write_on()) step(0, gate[u], in[u], before[u]);
     }
     for (; t < end; t++, read_on(), write_on()) {       // a CPU's thread takes all its steps here
-        const bool more = STATES && t + 1 < j.T;        // the scan's first state has none before it
+        const bool more = STATES && t + 1 < j.T;
 #pragma omp simd
         for (int w = 0; w < n; w++) step(w, a[w], x[w], more ? h[w] : 0);
     }

@@ -37,6 +37,7 @@ from importlib.util import find_spec
 # Threads that wait must not spin: with 4 threads on 4 cores and one other busy process, a step took
 # 4.2 s; with this, 0.5 s. It must be set before torch starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for deterministic products on GPUs
 
 import numpy as np
 import torch
@@ -168,6 +169,8 @@ def settle(args):
         raise ValueError(f"torch {torch.__version__} finds no {kind.upper()} device for --device="
                          f"{args.device}; pass --device=cpu")
     on_gpu, reason = kind == "cuda", "as given"
+    if index:
+        torch.cuda.set_device(args.device)
     if args.dtype == "auto" and on_gpu:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float16"      # a T4 or V100 has none
@@ -231,7 +234,6 @@ def join_processes(args):
         return
     if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
     dist.init_process_group()
     rank, n = processes()
     if args.batch_size < n:
@@ -363,10 +365,10 @@ class Learner:
         return -(-size // pieces)
 
     def rows_in_free_memory(self, batch):
-        """By what one row takes, and AdamW's two numbers a parameter."""
+        """By what one row takes beside the gradients, and AdamW's two numbers a parameter."""
         torch.cuda.empty_cache()
-        adam = 8 * sum(p.numel() for p in self.raw.parameters())
-        free = 0.9 * torch.cuda.mem_get_info()[0] - adam
+        gradients = 4 * sum(p.numel() for p in self.raw.parameters())
+        free = 0.9 * torch.cuda.mem_get_info()[0] - 3 * gradients
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -375,7 +377,7 @@ class Learner:
                 self.raw(*row)[1].backward()
         except torch.OutOfMemoryError:
             return 1
-        return int(free / (torch.cuda.max_memory_allocated() - before))
+        return int(free / (torch.cuda.max_memory_allocated() - before - gradients))
 
 
 def learning_rate(step, args):
@@ -404,8 +406,9 @@ class Validation:
         """-> (loss in nats a label token, share of label tokens guessed right), float64 (arms,)."""
         sums = torch.zeros(3, len(self.arms), dtype=torch.float64)
         rank, n = processes()           # each takes its part of the rows
-        for start in range(rank * args.batch_size, len(self.rows["tokens"]), n * args.batch_size):
-            rows = {key: value[start:start + args.batch_size].to(args.device)
+        some = max(1, min(args.batch_size, 16384 // self.rows["tokens"].shape[1]))  # at a time
+        for start in range(rank * some, len(self.rows["tokens"]), n * some):
+            rows = {key: value[start:start + some].to(args.device)
                     for key, value in self.rows.items()}
             with autocast(args):
                 logits, _ = model(rows["tokens"], rows["reset"])

@@ -117,6 +117,7 @@ def bench_step(args):
     """Tokens a second by length of row; the number of tokens in a step is always the same."""
     n_tokens, lengths = (128, (32, 64)) if args.quick else (16384, (512, 1024, 4096, 16384))
     for T in lengths:
+        torch.compiler.reset()
         models = {arch: our_model(arch) for arch in MIXERS}
         if args.nanogpt is not None:
             models["nanoGPT"] = NanoGPT(args.nanogpt, T)

@@ -250,7 +250,7 @@ def step_speed(make, preset, arch, product, args, choose=S.choose):
 
 
 def part_step(args):
-    """Utilisation: 6 FLOP a parameter (but the embedding) and token, over those of one large product."""
+    """Utilisation: 6 FLOP a parameter (not embedding) and token, over a matrix product's."""
     product = product_speed(args)
     yield "bfloat16 product", lambda: product
     for preset in ("gpu", "110m"):

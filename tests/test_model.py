@@ -381,7 +381,8 @@ def test_recomputing_activations_changes_no_gradient(arch):
     assert all(torch.allclose(one, two, atol=1e-7) for one, two in zip(*gradients))
 
 
-@pytest.mark.parametrize("arch, limit", [("gated_ssm", 16e3), ("hawk", 22e3), ("transformer", 14e3)])
+@pytest.mark.parametrize("arch, limit", [("gated_ssm", 16e3), ("hawk", 22e3),
+                                         ("transformer", 14e3)])
 def test_what_backward_keeps_of_a_token_in_a_layer(arch, limit):
     """At the size of the preset `gpu`, in bytes."""
     assert 0.8 * limit < kept_bytes(arch, recompute=True)[0] <= limit
