@@ -43,8 +43,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import cpp_extension
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import scan
@@ -69,7 +71,7 @@ PRESETS = {
     "110m": dict(**LARGE, n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768,
                  d_state=1536, n_head=12, batch_size=32, max_steps=32000, lr=6e-4),
     "1.4b": dict(**LARGE, n_layer=dict(gated_ssm=48, hawk=20, transformer=24), d_model=2048,
-                 d_state=2560, n_head=16, batch_size=520, max_steps=32000, lr=3e-4),
+                 d_state=2560, n_head=16, batch_size=520, max_steps=32000, lr=3e-4, shard=True),
 }
 CAUSAL_MIXTURES = "ntp", "birdie-causal"    # without prefixes, reverse channels remember nothing
 MAY_CHANGE = {"out_dir", "data", "device", "workers", "compile", "resume"}  # in a resumed run
@@ -133,6 +135,8 @@ def parse_args(argv):
     flag("--weight_decay", default=0.1, type=number(float, 0), help="AdamW's, of most matrices")
     flag("--clip", default=1.0, type=number(float, 1e-12), help="largest norm of the gradient")
     flag("--eval_rows", default=4, type=count, help="validation rows for each arm")
+    flag("--shard", action="store_true",
+         help="under torchrun each device holds a part of the weights and of AdamW's numbers")
     flag("--recompute", action="store_true",
          help="backward computes what is pointwise again: a third of the memory")
 
@@ -259,6 +263,30 @@ def from_first(value):
     return box[0]
 
 
+def shard(model, args):
+    """FSDP2: a block's weights are gathered where it is computed, and nowhere else."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard      # 1 s to import
+    mesh = init_device_mesh(torch.device(args.device).type, (processes()[1],))
+    marked = [name for name, p in model.named_parameters() if hasattr(p, "no_decay")]
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh)
+    for name in marked:                 # parameters are new objects now
+        model.get_parameter(name).no_decay = True
+
+
+def whole(state):
+    """A state_dict with the tensors that all processes hold together."""
+    return tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, state)
+
+
+def spread(tensor, like):
+    """The part of a whole tensor that this process holds, if `like` is such a part."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
 # ---- one step ----------------------------------------------------------------------------------
 
 def autocast(args):
@@ -286,10 +314,15 @@ class Learner:
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type,
                                            enabled=args.dtype == "float16")
         self.model, self.rows, self.skipped = model, None, 0
+        self.is_sharded = isinstance(next(model.parameters()), DTensor)
         if args.compile == "yes":
             torch._dynamo.config.optimize_ddp = False       # it would cut the graph in pieces
             self.model = torch.compile(model, dynamic=False)
-        if processes()[1] > 1:
+        if self.is_sharded:             # compiled block by block
+            self.model = model
+            for block in model.blocks if args.compile == "yes" else ():
+                block.compile(dynamic=False)
+        elif processes()[1] > 1:
             self.model = DistributedDataParallel(self.model)
 
     def step(self, batch, lr):
@@ -309,7 +342,7 @@ class Learner:
             weight = n * n_labels(piece[2]) / labels
             loss = loss + self.backward(piece, weight, last=start == starts[-1])
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled():
@@ -320,8 +353,10 @@ class Learner:
     def backward(self, piece, weight, last):
         """Add the gradients of a micro-batch -> its loss; both times weight."""
         inputs = [tensor.to(self.args.device, non_blocking=True) for tensor in piece]
+        if self.is_sharded:             # only the last one's gradients are sent around
+            self.model.set_requires_gradient_sync(last)
         alone = isinstance(self.model, DistributedDataParallel) and not last
-        with self.model.no_sync() if alone else nullcontext():  # the last one's are sent around
+        with self.model.no_sync() if alone else nullcontext():
             with autocast(self.args):
                 _, loss = self.model(*inputs)
             self.scaler.scale(loss * weight).backward()
@@ -342,7 +377,8 @@ class Learner:
         while True:
             rows = -(-size // pieces)
             try:
-                self.backward([tensor[:rows] for tensor in batch.values()], 1.0, last=False)
+                piece = [tensor[:rows] for tensor in batch.values()]
+                self.backward(piece, 1.0, last=self.is_sharded)     # FSDP2 hides unsent gradients
                 break
             except torch.OutOfMemoryError as error:
                 problem = str(error)        # not the error: it would hold the tensors
@@ -407,9 +443,13 @@ class Validation:
         sums = torch.zeros(3, len(self.arms), dtype=torch.float64)
         rank, n = processes()           # each takes its part of the rows
         some = max(1, min(args.batch_size, 16384 // self.rows["tokens"].shape[1]))  # at a time
-        for start in range(rank * some, len(self.rows["tokens"]), n * some):
-            rows = {key: value[start:start + some].to(args.device)
-                    for key, value in self.rows.items()}
+        for start in range(0, len(self.rows["tokens"]), n * some):
+            start += rank * some
+            rows = {key: value[start:start + some] for key, value in self.rows.items()}
+            if len(rows["tokens"]) == 0:        # all processes call the model equally often
+                rows = {key: value[:1] for key, value in self.rows.items()}
+                rows["targets"] = torch.full_like(rows["targets"], IGNORE)
+            rows = {key: value.to(args.device) for key, value in rows.items()}
             with autocast(args):
                 logits, _ = model(rows["tokens"], rows["reset"])
             asked = rows["targets"] != IGNORE
@@ -521,6 +561,8 @@ class Run:
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
         self.model = LM(model_config(args, self.tok)).to(args.device)
+        if args.shard and processes()[1] > 1:
+            shard(self.model, args)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(args.weight_decay), args.lr, (0.9, args.beta2), fused=True)
         self.learner = Learner(self.model, self.optimizer, args, args.clip)
@@ -544,6 +586,12 @@ class Run:
         if saved["data"] != self.corpus.size:
             raise ValueError(f"the run was trained on {saved['data']} tokens, and --data now has "
                              f"{self.corpus.size}; give it the same text, or another --out_dir")
+        weights, moments = saved["model"], saved["optimizer"]["state"].values()
+        saved["model"] = {name: spread(weights[name], like)
+                          for name, like in self.model.state_dict().items()}
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for weight, of_weight in zip(weights, moments):
+            of_weight.update({name: spread(t, weight) for name, t in of_weight.items()})
         for name, part in self.parts.items():
             if name in saved:           # the scaler is not in a checkpoint from before float16
                 part.load_state_dict(saved[name])
@@ -565,7 +613,8 @@ class Run:
               f"{args.out_dir}/")
 
     def save(self, step):
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        states = {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        if not all(weight.isfinite().all() for weight in states["model"].values()):
             raise ValueError(f"the weights are no longer finite at step {step}; {self.path} is "
                              f"from before: start anew in another --out_dir, with a lower --lr "
                              f"than {self.args.lr:g}")
@@ -574,7 +623,7 @@ class Run:
                 step=step, config=vars(self.args), model_config=asdict(self.model.config),
                 tokenizer=self.tok.arguments, data=self.corpus.size,
                 losses=None if self.before is None else self.before.tolist(),
-                **{name: part.state_dict() for name, part in self.parts.items()}))
+                **states))
 
     def evaluate(self, step):
         """Losses, and the next action; the scheduler of the first process chooses for all."""
@@ -634,7 +683,7 @@ def train(args, saved=None):
                     raise SystemExit(f"stopped after step {step + 1}; go on with: python train.py "
                                      f"--out_dir={args.out_dir} --resume")
     if rank == 0:
-        show_samples(run.model, run.tok, run.validation, args)
+        show_samples(LM.load(run.path)[0].to(args.device), run.tok, run.validation, args)
     if n_processes > 1:
         dist.destroy_process_group()
 
