@@ -43,7 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import cpp_extension
 from torch.utils._pytree import tree_map
@@ -265,8 +264,8 @@ def from_first(value):
 
 def shard(model, args):
     """FSDP2: a block's weights are gathered where it is computed, and nowhere else."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard      # 1 s to import
+    from torch.distributed.device_mesh import init_device_mesh      # here: 1 s to import
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(torch.device(args.device).type, (processes()[1],))
     marked = [name for name, p in model.named_parameters() if hasattr(p, "no_decay")]
     for part in [*model.blocks, model]:
@@ -277,13 +276,14 @@ def shard(model, args):
 
 def whole(state):
     """A state_dict with the tensors that all processes hold together."""
-    return tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, state)
+    return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, state)
 
 
 def spread(tensor, like):
     """The part of a whole tensor that this process holds, if `like` is such a part."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
@@ -314,7 +314,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type,
                                            enabled=args.dtype == "float16")
         self.model, self.rows, self.skipped = model, None, 0
-        self.is_sharded = isinstance(next(model.parameters()), DTensor)
+        self.is_sharded = hasattr(next(model.parameters()), "full_tensor")
         if args.compile == "yes":
             torch._dynamo.config.optimize_ddp = False       # it would cut the graph in pieces
             self.model = torch.compile(model, dynamic=False)
