@@ -306,7 +306,8 @@ def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
     command = [nvcc, "-O3", "-std=c++17", "-Xptxas", "-v", "-c", "scan.cu"]
     compiling = {arch: subprocess.Popen(
         [*command, f"-arch={arch}", "-o", f"{arch}.o"], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for arch in ARCHITECTURES if arch in known}
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for arch in ARCHITECTURES if arch in known}
     for arch, process in compiling.items():
         report = process.communicate(timeout=120)[0]
         assert process.returncode == 0 and "warning" not in report, report
