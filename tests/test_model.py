@@ -429,10 +429,10 @@ def test_no_more_logits_are_in_float32_at_once_than_is_said(recompute, monkeypat
     assert max(largest) == (32 if recompute else 256)
 
 
-@pytest.mark.parametrize("arch", MIXERS)
-def test_the_model_compiles_without_a_graph_break(arch):
+@pytest.mark.parametrize("arch, recompute", [("gated_ssm", False), *((m, True) for m in MIXERS)])
+def test_the_model_compiles_without_a_graph_break(arch, recompute):
     tokens, reset, _ = packed_batch(0, 2)
-    model = small(arch, n_layer=2)
+    model = small(arch, n_layer=2, recompute=recompute)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [forward(tokens, reset, tokens)[1] for forward in (model, compiled)]
     one, two = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
