@@ -239,8 +239,9 @@ def join_processes(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group()
     rank, n = processes()
-    if args.batch_size < n:
-        raise ValueError(f"batch_size is {args.batch_size} rows for {n} processes; each needs one")
+    if args.batch_size < n or (args.shard and args.batch_size % n):     # all call it equally often
+        raise ValueError(f"batch_size is {args.batch_size} rows for {n} processes; pass a multiple "
+                         f"of {n}")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -404,6 +405,7 @@ class Learner:
         """By what one row takes beside the gradients, and AdamW's two numbers a parameter."""
         torch.cuda.empty_cache()
         gradients = 4 * sum(p.numel() for p in self.raw.parameters())
+        gradients //= processes()[1] if self.is_sharded else 1
         free = 0.9 * torch.cuda.mem_get_info()[0] - 3 * gradients
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

