@@ -274,6 +274,9 @@ def load(args, saved):
 def evaluate(args, saved=None) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json."""
     begin = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("WORLD_SIZE is not 1: fine-tuning is for one device; run it without "
+                         "torchrun")
     model, tokenizer, pretraining = load(args, saved)
     tok = Tokenizer(**tokenizer)
     train.settle(args)

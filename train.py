@@ -172,6 +172,9 @@ def settle(args):
         raise ValueError(f"torch {torch.__version__} finds no {kind.upper()} device for --device="
                          f"{args.device}; pass --device=cpu")
     on_gpu, reason = kind == "cuda", "as given"
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device {args.device!r} is one of {torch.cuda.device_count()}; they are "
+                         f"numbered from 0")
     if index:
         torch.cuda.set_device(args.device)
     if args.dtype == "auto" and on_gpu:
@@ -276,8 +279,8 @@ def shard(model, args):
 
 
 def whole(state):
-    """A state_dict with the tensors that all processes hold together."""
-    return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, state)
+    """A state_dict in which tensors that the processes hold in parts are whole, on the CPU."""
+    return tree_map(lambda t: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t, state)
 
 
 def spread(tensor, like):
@@ -343,7 +346,8 @@ class Learner:
             weight = n * n_labels(piece[2]) / labels
             loss = loss + self.backward(piece, weight, last=start == starts[-1])
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip))
+        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip)
+        norm = norm.full_tensor() if self.is_sharded else norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled():
@@ -354,10 +358,8 @@ class Learner:
     def backward(self, piece, weight, last):
         """Add the gradients of a micro-batch -> its loss; both times weight."""
         inputs = [tensor.to(self.args.device, non_blocking=True) for tensor in piece]
-        if self.is_sharded:             # only the last one's gradients are sent around
-            self.model.set_requires_gradient_sync(last)
         alone = isinstance(self.model, DistributedDataParallel) and not last
-        with self.model.no_sync() if alone else nullcontext():
+        with self.model.no_sync() if alone else nullcontext():  # the last one's are sent around
             with autocast(self.args):
                 _, loss = self.model(*inputs)
             self.scaler.scale(loss * weight).backward()
@@ -372,24 +374,24 @@ class Learner:
         size = len(batch["targets"])
         pieces, largest = 1, size
         if torch.device(self.args.device).type == "cuda":
-            largest = self.rows_in_free_memory(batch)
+            largest = torch.tensor(self.rows_in_free_memory(batch))
+            if dist.is_initialized():
+                dist.all_reduce(largest, dist.ReduceOp.MIN)
         while -(-size // pieces) > max(1, largest):
             pieces *= 2
         while True:
             rows = -(-size // pieces)
             try:
-                piece = [tensor[:rows] for tensor in batch.values()]
-                self.backward(piece, 1.0, last=self.is_sharded)     # FSDP2 hides unsent gradients
+                self.backward([tensor[:rows] for tensor in batch.values()], 1.0, last=False)
                 break
             except torch.OutOfMemoryError as error:
                 problem = str(error)        # not the error: it would hold the tensors
             finally:
                 self.optimizer.zero_grad()
-            if rows == 1:
-                T = batch["targets"].shape[1]
-                raise ValueError(f"one row of {T} tokens does not fit into memory ({problem}); "
-                                 f"pass --recompute, or smaller --block_size, --d_state, --d_model "
-                                 f"or --n_layer")
+            if rows == 1 or self.is_sharded:        # sharded, the others are in the middle of it
+                raise ValueError(f"{rows} rows of {batch['targets'].shape[1]} tokens do not fit "
+                                 f"into memory ({problem}); pass --recompute, or a smaller "
+                                 f"--block_size, --batch_size, --d_state, --d_model or --n_layer")
             torch.cuda.empty_cache()
             pieces *= 2
             print(f"memory   {rows} rows do not fit: trying {-(-size // pieces)} at a time")
@@ -415,7 +417,8 @@ class Learner:
                 self.raw(*row)[1].backward()
         except torch.OutOfMemoryError:
             return 1
-        return int(free / (torch.cuda.max_memory_allocated() - before - gradients))
+        row = torch.cuda.max_memory_allocated() - before - gradients
+        return int(max(0, free) / max(1, row))
 
 
 def learning_rate(step, args):
@@ -503,7 +506,7 @@ def save_checkpoint(path, checkpoint):
         file.flush()
         os.fsync(file.fileno())
     try:
-        torch.load(path + ".part", weights_only=True)
+        torch.load(path + ".part", map_location="cpu", weights_only=True)
     except Exception as error:
         os.remove(path + ".part")
         raise ValueError(f"{path} would not load again ({type(error).__name__}): a state_dict may "
@@ -677,7 +680,8 @@ def train(args, saved=None):
                     n_steps = min(10, step + 1 - first)
                     speed = round(n_steps * args.batch_size * args.block_size / seconds)
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
-                    run.log.write(step=step, train_loss=loss, norm=norm.item(), lr=lr,
+                    norm = norm.item() if norm.isfinite() else None     # JSON has no infinity
+                    run.log.write(step=step, train_loss=loss, norm=norm, lr=lr,
                                   tokens_per_s=speed, **run.learner.counts())
                     stopping = asked > 0        # all processes at the same step
                 if stopping:
@@ -685,7 +689,8 @@ def train(args, saved=None):
                     raise SystemExit(f"stopped after step {step + 1}; go on with: python train.py "
                                      f"--out_dir={args.out_dir} --resume")
     if rank == 0:
-        show_samples(LM.load(run.path)[0].to(args.device), run.tok, run.validation, args)
+        model = LM.load(run.path)[0] if run.learner.is_sharded else run.model
+        show_samples(model, run.tok, run.validation, args)
     if n_processes > 1:
         dist.destroy_process_group()
 

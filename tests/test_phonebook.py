@@ -340,6 +340,12 @@ def test_bad_input_ends_in_one_line(bad, message, run, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_several_processes_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="error: WORLD_SIZE is not 1: .*without torchrun"):
+        main(flags(**{**TINY, "ckpt": run / "ckpt.pt", "out_dir": tmp_path}))
+
+
 def test_book_prints_one_book(capsys):
     main(["book"])
     prompt, _, answer = capsys.readouterr().out.rstrip().rpartition("\n\n")
