@@ -270,8 +270,9 @@ class Corpus:
         n_bytes = path.stat().st_size if path.is_file() else 0
         if not n_bytes or n_bytes % 2:
             raise ValueError(f"{path} is missing, empty or not uint16; prepare it again")
-        ids = mapped(str(path), "uint16")
-        top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
+        ids, size = mapped(str(path), "uint16"), 1 << 24
+        parts = (ids[i:i + size] for i in range(0, len(ids), size))
+        top = max(int(part[part != tok.END_OF_TEXT].max(initial=0)) for part in parts)
         if top >= tok.n_text:
             raise ValueError(f"{path} holds token {top}, and {tok.name} has {tok.n_text} tokens; "
                              f"pass the --tokenizer that made it, such as gpt2")

@@ -577,9 +577,9 @@ def test_text_is_tokenised_once_by_four_at_a_time(tok, tmp_path, monkeypatch):
 
 def test_nanogpt_folders_are_read_as_they_are(tok, tmp_path):
     for split, text in {"train": b"for training " * 100, "val": b"for validation"}.items():
-        np.array(list(text), np.uint16).tofile(tmp_path / f"{split}.bin")
-    assert read(tmp_path, tok, "train") == "for training " * 100
-    assert read(tmp_path, tok, "val") == "for validation"
+        np.array([tok.END_OF_TEXT, *text], np.uint16).tofile(tmp_path / f"{split}.bin")
+    assert read(tmp_path, tok, "train") == "<END_OF_TEXT>" + "for training " * 100
+    assert read(tmp_path, tok, "val") == "<END_OF_TEXT>for validation"
 
 
 # ---- what cannot be used ends in one line -------------------------------------------------------
