@@ -9,121 +9,134 @@ with the label position by position: chance is 10%. An exact number has all of i
 right.
 
 Symbols: a book has entries, a name and a number each; a row of T tokens holds as many books as fit.
+Names are made of syllables, and every first and last name belongs to one split: train, val (the
+curve, and the choice of a learning rate) or test. So no name of a test book is ever trained on.
 
 Run it:  python eval_phonebook.py           fine-tune and score out/ckpt.pt -> out/phonebook.json
+         python eval_phonebook.py --resume  go on, or score again what is fine-tuned
          python eval_phonebook.py book      one book, its question and its answer
          python eval_phonebook.py --help    every setting
 
 Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate
 to small models (`paper` has the paper's own, and longer rows, which our tokens need); the names.
-A name and a number that stand together in a test book never do in a training book: the checksum
-of the entry says to which side it belongs.
 """
+import argparse
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 import zlib
+from functools import lru_cache
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends the imports without a word
 
 import train                       # before torch: it sets how threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import LM, MIXERS, load_checkpoint
+from model import LM, MIXERS, errors_in_one_line, fits, load_checkpoint
 from objectives import Loader, Tokenizer, lay_out, pack
-from train import number
 
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "names.txt")) as file:
-    FIRST, LAST = (names.split() for names in file.read().split("\n\n"))
+STARTS = "A Be Bo Ca Da De E Fa Fe Ga He I Jo Ka La Le Lo Ma Me Mi Na No O Pa Ra Ro Sa Se Ta Vi"
+MIDDLES = "be ci da di fo ga ki la le lo ma mi mo na ni pe ra re ri ro sa si ta te to va vi wi ya zo"
+ENDS = "bin dal den dra fer gan lan len lia lin mar mir na nel nia nor ra ren rin ron sa sen son " \
+       "ta tan via vin wen win zo"
 QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."      # figure 9
-N_NUMBERS = 1, 2, 4, 8, 16, 32
 PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}     # train.py's presets for those here
 PRESETS = {                        # cpu: the defaults below
     "cpu": dict(),
-    "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries_min=200,
-                test_entries_max=220, test_books=1024, max_steps=1000, batch_size=16,
-                block_size=8192, lr=3e-4, beta2=0.95),
-    "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries_min=750,
-                  test_entries_max=800, test_books=1024, max_steps=1000, cooldown=0.0,
-                  batch_size=64, block_size=24576, lr=5e-5, beta2=0.95),
+    "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries=[200],
+                test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000, batch_size=16,
+                block_size=16384, lr=3e-4, beta2=0.95),
+    "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries=[775],
+                  test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000, cooldown=0.0,
+                  batch_size=64, block_size=32768, lr=5e-5, beta2=0.95),
 }
-MAY_CHANGE = train.MAY_CHANGE | {"test_entries_min", "test_entries_max", "test_books"}
+SPLITS = "train", "val", "test"
+MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
+
+
+def counts(text):
+    """A type of flag: numbers with commas between them."""
+    found = [int(count) for count in text.split(",")]
+    if min(found) < 1 or max(found) > 10 ** 4:
+        raise argparse.ArgumentTypeError(f"{text} has numbers that are not from 1 to 10000")
+    return found
 
 
 def parse_args(argv):
     """-> (settings, the fine-tuned checkpoint to score again or None)."""
-    parser, flag = train.command_line("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
-    count, entries = number(int, 1), number(int, 1, len(FIRST) * len(LAST))
+    parser, flag = train.shared_flags("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
     flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--entries_min", default=4, type=entries, help="entries of a book in fine-tuning, uniform")
-    flag("--entries_max", default=8, type=entries, help="the most that one may have")
-    flag("--numbers_max", default=1, type=count, help="numbers asked for: 1 to this many, uniform")
-    flag("--test_entries_min", default=8, type=entries, help="entries of a test book, uniform")
-    flag("--test_entries_max", default=8, type=entries, help="the most that one may have")
-    flag("--test_books", default=512, type=count, help="for each of 1, 2, 4 ... numbers asked for")
-    flag("--max_steps", default=2500, type=count, help="steps of fine-tuning")
-    flag("--batch_size", default=8, type=count, help="rows in a step")
-    flag("--block_size", default=384, type=count, help="tokens in a row")
-    flag("--lr", default=2e-3, type=number(float, 1e-12), help="constant after 50 steps")
-    flag("--cooldown", default=0.25, type=number(float, 0, 1),
+    flag("--entries_min", default=4, help="entries of a book in fine-tuning, uniform")
+    flag("--entries_max", default=8, help="the most that one may have")
+    flag("--numbers_max", default=1, help="numbers asked for: 1 to this many, uniform")
+    flag("--question", default="both", choices=("both", "after"),
+         help="asked before and after the book, or only after it")
+    flag("--test_entries", default=[4, 8, 16, 32], type=counts, help="entries of test books")
+    flag("--test_numbers", default=[1], type=counts, help="numbers asked for in test books")
+    flag("--test_books", default=512, help="for each of these numbers of entries and numbers")
+    flag("--max_steps", default=1600, help="steps of fine-tuning")
+    flag("--batch_size", default=8, help="rows in a step")
+    flag("--block_size", default=384, help="tokens in a row")
+    flag("--lr", default=2e-3, help="constant after 50 steps")
+    flag("--cooldown", default=0.25,
          help="last share of the steps, in which the learning rate falls to 0")
-    flag("--beta2", default=0.99, type=number(float, 0, 0.999999),
+    flag("--beta2", default=0.99,
          help="AdamW's memory of squared gradients")
 
     args = parser.parse_args(argv)
     tuned = os.path.join(args.out_dir, "phonebook.pt")
-    if args.resume and not os.path.exists(tuned):
-        raise ValueError(f"there is no {tuned} to score again; drop --resume to fine-tune first")
     if args.resume:
-        saved = load_checkpoint(tuned, "finetuning", "pretraining", "curve")
-        args = train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE)
-    else:
-        parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
-        args, saved = parser.parse_args(argv), None
-    if os.path.exists(tuned) and not args.resume:
-        raise ValueError(f"{tuned} exists; score it again with --resume, or fine-tune {args.ckpt} "
-                         f"into another folder with --ckpt={args.ckpt} --out_dir=ANOTHER")
+        saved = load_checkpoint(tuned, "finetuning", "pretraining", "step", "curve", "losses")
+        return train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE), saved
+    parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
+    args = parser.parse_args(argv)
     if args.causal and args.scratch == "none":
         raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop "
                          "--causal: a checkpoint knows what it is")
-    for kind in ("entries", "test_entries"):
-        low, high = getattr(args, f"{kind}_min"), getattr(args, f"{kind}_max")
-        if high < low:
-            raise ValueError(f"{kind}_max is {high}; it must be {kind}_min, {low}, or more")
-    return args, saved
+    if args.entries_max < args.entries_min:
+        raise ValueError(f"entries_max is {args.entries_max}; it must be entries_min, "
+                         f"{args.entries_min}, or more")
+    return args, None
 
 
 # ---- books -------------------------------------------------------------------------------------
 
-def write_book(rng, n_entries: int, n_numbers: int, split: str) -> tuple[str, str]:
-    """-> (prompt, answer); `split` is 'train' or 'val'."""
-    people = [f"{FIRST[k // len(LAST)]} {LAST[k % len(LAST)]}"
-              for k in rng.choice(len(FIRST) * len(LAST), n_entries, replace=False)]
-    numbers = [phone_number(rng, name, split) for name in people]
+@lru_cache
+def names(split: str):
+    """-> (first names, last names) of 'train' (eight tenths), 'val' or 'test'."""
+    parts = STARTS.split(), MIDDLES.split(), ENDS.split()
+    first, last = itertools.product(parts[0], parts[2]), itertools.product(*parts)
+    side = {"train": range(8), "val": [8], "test": [9]}[split]
+    return [[name for name in map("".join, each) if zlib.crc32(name.encode()) % 10 in side]
+            for each in (first, last)]
+
+
+def write_book(rng, n_entries: int, n_numbers: int, split: str, question="both"):
+    """-> (prompt, answer); `split` is 'train', 'val' or 'test'. Numbers are ten random digits."""
+    first, last = names(split)
+    people = [f"{first[k // len(last)]} {last[k % len(last)]}"
+              for k in rng.choice(len(first) * len(last), n_entries, replace=False)]
+    digits = rng.integers(10, size=(n_entries, 10)).astype(str)
+    numbers = [f"{''.join(d[:3])}-{''.join(d[3:6])}-{''.join(d[6:])}" for d in digits]
     asked = rng.choice(n_entries, n_numbers, replace=False)
-    names = [people[k] for k in asked]
+    names_asked = [people[k] for k in asked]
     if n_numbers > 1:
-        names[-1] = f"and {names[-1]}"
-    names = (" " if n_numbers == 2 else ", ").join(names)
+        names_asked[-1] = f"and {names_asked[-1]}"
+    who = (" " if n_numbers == 2 else ", ").join(names_asked)
     entries = "\n".join(f"{name}: {number}" for name, number in zip(people, numbers))
-    prompt = (f"{QUESTION.format(names, 'below')}\n\nPhonebook:\n{entries}\n\n"
-              f"{QUESTION.format(names, 'above')}")
+    before = f"{QUESTION.format(who, 'below')}\n\n" if question == "both" else ""
+    prompt = f"{before}Phonebook:\n{entries}\n\n{QUESTION.format(who, 'above')}"
     return prompt, ", ".join(numbers[k] for k in asked)
-
-
-def phone_number(rng, name: str, split: str) -> str:
-    """Ten random digits as 669-174-4914. One in 20 pairs of a name and a number belongs to
-    'val'."""
-    while True:
-        digits = "".join(map(str, rng.integers(10, size=10)))
-        number = f"{digits[:3]}-{digits[3:6]}-{digits[6:]}"
-        if (zlib.crc32(f"{name}: {number}".encode()) % 20 == 0) == (split == "val"):
-            return number
 
 
 class Books:
@@ -141,8 +154,9 @@ class Books:
         """Tokens that a prompt and its answer take at most."""
         def size(text):
             return len(self.tok.encode(text))
-        bare, first, last = (max(size(space + name) for name in names)
-                             for space, names in (("", FIRST), (" ", FIRST), (" ", LAST)))
+        made = names("train")
+        bare, first, last = (max(size(space + name) for name in each)
+                             for space, each in (("", made[0]), (" ", made[0]), (" ", made[1])))
         questions = 2 * size(QUESTION.format("", "below")) + 2 * size(" and")
         return (questions + size("\n\nPhonebook:\n\n\n")
                 + n_entries * (bare + last + size(": 111-111-1111\n"))
@@ -150,13 +164,13 @@ class Books:
 
     def batch(self, seed, rank, step, action=None, split="train") -> dict:
         """(B, T) arrays as objectives.lay_out gives them; `action` has no meaning here."""
-        rng = np.random.default_rng([seed, rank, step, ("train", "val").index(split)])
+        rng = np.random.default_rng([seed, rank, step, SPLITS.index(split)])
         args, tok = self.args, self.tok
 
         def draw():
             n_entries = int(rng.integers(args.entries_min, args.entries_max + 1))
             n_numbers = int(rng.integers(1, min(n_entries, args.numbers_max) + 1))
-            prompt, answer = write_book(rng, n_entries, n_numbers, split)
+            prompt, answer = write_book(rng, n_entries, n_numbers, split, args.question)
             prefix, label = tok.encode(prompt), np.append(tok.encode(answer), tok.DONE)
             size = len(prefix) + len(label)
             return (0, prefix, label), size, size
@@ -168,11 +182,10 @@ class Books:
         return self.batch(*key)
 
 
-def test_books(args, n_numbers: int, n_books: int) -> list:
+def unseen_books(args, n_entries: int, n_numbers: int, n_books: int, split="test") -> list:
     """[(prompt, answer)], the same for every model and seed."""
-    rng = np.random.default_rng([n_numbers, n_books])
-    sizes = range(args.test_entries_min, args.test_entries_max + 1)
-    return [write_book(rng, int(rng.choice(sizes)), n_numbers, "val") for _ in range(n_books)]
+    rng = np.random.default_rng([n_entries, n_numbers, n_books, SPLITS.index(split)])
+    return [write_book(rng, n_entries, n_numbers, split, args.question) for _ in range(n_books)]
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -213,8 +226,7 @@ def responder(model: LM, tok: Tokenizer, args, rows: int = 64):
     time."""
     def respond(prompts, n_numbers):
         longest, answers = len(tok.encode(", ".join(["111-111-1111"] * n_numbers))), []
-        starts = range(0, len(prompts), rows)
-        for start in tqdm(starts, f"asking for {n_numbers}", unit="batch", leave=False):
+        for start in range(0, len(prompts), rows):
             asked = [(tok.encode(prompt), [tok.GEN]) for prompt in prompts[start:start + rows]]
             with train.autocast(args):
                 written = model.generate(asked, longest, tok.DONE)
@@ -231,26 +243,39 @@ def show_example(respond, prompt: str, label: str) -> None:
 
 # ---- fine-tuning and scoring one model ---------------------------------------------------------
 
-def finetune(model: LM, tok: Tokenizer, args) -> list:
+def finetune(model, tok, args, saved, save, stop) -> list:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our
     choice: it rises over the first 50 steps, and falls to 0 over the last share `cooldown` of
     them. -> the curve, 20 points of step, mean loss since the last, and share of digits right on
-    128 test books."""
-    books, held_out, curve, losses = Books(tok, args), test_books(args, 1, 128), [], []
+    128 validation books of entries_max entries."""
+    books, held_out = Books(tok, args), unseen_books(args, args.entries_max, 1, 128, "val")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=0.0, fused=True)
     learner = train.Learner(model, optimizer, args, clip=1.0)
-    batches = Loader(books, args.seed, workers=args.workers).steps(0, args.max_steps, None)
-    bar = tqdm(batches, "fine-tuning", args.max_steps, unit="step")
-    for step, batch in enumerate(bar, 1):
+    begin, curve, losses = 0, [], []
+    if saved:
+        begin, curve, losses = saved["step"], saved["curve"], [*saved["losses"]]
+        with fits(args.out_dir):
+            optimizer.load_state_dict(saved["optimizer"])
+            learner.scaler.load_state_dict(saved["scaler"])
+    batches = Loader(books, args.seed, workers=args.workers).steps(begin, args.max_steps, None)
+    bar = tqdm(batches, "fine-tuning", args.max_steps, initial=begin, unit="step",
+               mininterval=0.1 if sys.stderr.isatty() else 30)
+    for step, batch in enumerate(bar, begin + 1):
+        stop.at_once = False
         falling = (args.max_steps - step + 1) / max(1, args.cooldown * args.max_steps)
         lr = args.lr * min(1, step / 50, falling)
-        losses.append(learner.step(batch, lr)[0])
-        if step % max(1, args.max_steps // 20) == 0 or step == args.max_steps:
+        losses.append(learner.step(batch, lr)[0].cpu())
+        at_point = step % max(1, args.max_steps // 20) == 0 or step == args.max_steps
+        if at_point:
             digits = score(responder(model, tok, args), held_out)["digits"]
             curve.append(dict(step=step, loss=torch.stack(losses).mean().item(), digits=digits))
             bar.set_postfix_str(f"loss {curve[-1]['loss']:.3f}, {digits:.0%} of digits")
             losses.clear()
+        if at_point or stop.asked:
+            save(step=step, curve=curve, losses=losses, optimizer=optimizer.state_dict(),
+                 scaler=learner.scaler.state_dict())
+            stop.saved(step, args, at_once=True)
     return curve
 
 
@@ -268,15 +293,27 @@ def load(args, saved):
         model = LM(train.model_config(sizes, Tokenizer(**tokenizer)))
         return model, tokenizer, {**vars(sizes), "step": 0}
     model, tokenizer, checkpoint = LM.load(args.ckpt)
+    if "config" not in checkpoint:
+        raise ValueError(f"{args.ckpt} is fine-tuned already; pass a checkpoint of train.py")
     return model, tokenizer, {**checkpoint["config"], "step": checkpoint["step"]}
 
 
 def evaluate(args, saved=None) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json."""
-    begin = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("WORLD_SIZE is not 1: fine-tuning is for one device; run it without "
                          "torchrun")
+    tuned = os.path.join(args.out_dir, "phonebook.pt")
+    with train.StopSignal("eval_phonebook.py") as stop, train.claimed(args.out_dir, "phonebook.pt"):
+        if os.path.exists(tuned) and not saved:
+            raise ValueError(f"{tuned} exists; go on or score it again with --resume, or fine-tune "
+                             f"{args.ckpt} into another folder: --ckpt={args.ckpt} "
+                             f"--out_dir=ANOTHER")
+        return finetune_and_score(args, saved, tuned, stop)
+
+
+def finetune_and_score(args, saved, tuned, stop):
+    begin = time.perf_counter()
     model, tokenizer, pretraining = load(args, saved)
     tok = Tokenizer(**tokenizer)
     train.settle(args)
@@ -286,42 +323,63 @@ def evaluate(args, saved=None) -> dict:
           f"{model.n_parameters():,} parameters, pretraining: {pretraining['mixture']}, "
           f"{pretraining['step']:,} of {pretraining['max_steps']:,} steps")
     print(f"books    {args.entries_min} to {args.entries_max} entries, up to {args.numbers_max} "
-          f"numbers asked; tests: {args.test_books} books of {args.test_entries_min} to "
-          f"{args.test_entries_max}")
-    os.makedirs(args.out_dir, exist_ok=True)
-    curve = saved["curve"] if saved else finetune(model, tok, args)
-    if not saved:
-        train.save_checkpoint(os.path.join(args.out_dir, "phonebook.pt"), dict(
+          f"numbers asked; tests: {args.test_books} books each of "
+          f"{', '.join(map(str, args.test_entries))} entries")
+
+    def save(**progress):
+        train.save_checkpoint(tuned, dict(
             model=model.state_dict(), model_config=vars(model.config), tokenizer=tokenizer,
-            finetuning=vars(args), pretraining=pretraining, curve=curve))
+            finetuning=vars(args), pretraining=pretraining, **progress))
+
+    curve = saved["curve"] if saved else []
+    if not saved or saved["step"] < args.max_steps:
+        curve = finetune(model, tok, args, saved, save, stop)
 
     respond, results = responder(model, tok, args), []
-    for n in [n for n in N_NUMBERS if n <= min(args.numbers_max, args.test_entries_min)]:
-        result = score(respond, test_books(args, n, args.test_books))
-        results.append(result)
-        low, high = result["digits_interval"]
-        print(f"{n:3d} number{'s' * (n > 1)}: {result['digits']:.1%} of digits right (95% interval "
-              f"{low:.1%} to {high:.1%}; chance 10%), {result['exact']:.1%} of numbers exact")
-    show_example(respond, *test_books(args, results[-1]["n_numbers"], 1)[0])
-    found = dict(config=vars(args), pretraining=pretraining, parameters=model.n_parameters(),
-                 results=results, curve=curve, seconds=round(time.perf_counter() - begin),
-                 torch=torch.__version__)
+    for n_entries, n in itertools.product(args.test_entries, args.test_numbers):
+        if n <= n_entries:
+            books = unseen_books(args, n_entries, n, args.test_books)
+            result = dict(n_entries=n_entries, **score(respond, books))
+            results.append(result)
+            low, high = result["digits_interval"]
+            print(f"{n:3d} number{'s' * (n > 1)} of {n_entries} entries: {result['digits']:.1%} of "
+                  f"digits right (95% interval {low:.1%} to {high:.1%}; chance 10%), "
+                  f"{result['exact']:.1%} of numbers exact")
+    if not results:
+        raise ValueError(f"test_numbers {args.test_numbers} are all above test_entries "
+                         f"{args.test_entries}; pass smaller ones")
+    show_example(respond, *unseen_books(args, args.test_entries[0], results[0]["n_numbers"], 1)[0])
     path = os.path.join(args.out_dir, "phonebook.json")
-    with open(path + ".part", "w") as file:
+    found = dict(config=vars(args), pretraining=pretraining, parameters=model.n_parameters(),
+                 results=keep_others(path, results), curve=curve,
+                 seconds=round(time.perf_counter() - begin), torch=torch.__version__)
+    with train.replacing(path) as part, open(part, "w") as file:
         json.dump(found, file, indent=1)
-    os.replace(path + ".part", path)
     return found
+
+
+def keep_others(path, results):
+    """Results of earlier scorings, of other books than these, stay in the file."""
+    def key(result):
+        return result["n_entries"], result["n_numbers"], result["books"]
+
+    try:
+        with open(path) as file:
+            earlier = {key(result): result for result in json.load(file)["results"]}
+    except FileNotFoundError:
+        earlier = {}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is not what this program writes; move it away")
+    return [*{**earlier, **{key(result): result for result in results}}.values()]
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with errors_in_one_line():
         if argv == ["book"]:
-            print("\n\n".join(write_book(np.random.default_rng(1), 6, 2, "val")))
+            print("\n\n".join(write_book(np.random.default_rng(1), 6, 2, "test")))
         else:
             evaluate(*parse_args(argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
 
 
 if __name__ == "__main__":

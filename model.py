@@ -39,9 +39,12 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
@@ -49,7 +52,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from scan import scan
+from scan import is_sealed, one_line, scan
 
 RESET_FORWARD, RESET_REVERSE = 1, 2
 IGNORE = -100           # a target without loss
@@ -203,7 +206,8 @@ class GatedSSM(Recurrence):
         if self.scale_input:
             x = x * torch.sigmoid(-f)                   # 1 - f, without cancellation near 1
         h, h0 = self.recur(torch.sigmoid(f), x, boundaries, h0)
-        return self.W_out(F.gelu(o) * h), (h0, before)
+        y = (F.gelu(o) * h).to(self.W_out.weight.dtype)
+        return self.W_out(y), (h0, before)
 
 
 class BoundedSqrt(torch.autograd.Function):
@@ -239,7 +243,7 @@ class Hawk(Recurrence):
     def rg_lru(self, v, boundaries, h0=None):
         r = torch.sigmoid(self.W_a(v).float())
         i = torch.sigmoid(self.W_x(v).float())
-        log_a = -8 * r * F.softplus(self.L)
+        log_a = -8 * r * F.softplus(self.L.float())
         x = BoundedSqrt.apply(-torch.expm1(2 * log_a)) * i * v.float()
         return self.recur(log_a.exp(), x, boundaries, h0)
 
@@ -247,7 +251,8 @@ class Hawk(Recurrence):
         h0, before = state or (None, None)
         v, before = self.conv(self.W_in(u), boundaries, before)
         h, h0 = self.rg_lru(v, boundaries, h0)
-        return self.W_out(F.gelu(self.W_gate(u)) * h), (h0, before)
+        y = (F.gelu(self.W_gate(u)) * h).to(self.W_out.weight.dtype)
+        return self.W_out(y), (h0, before)
 
 
 class Attention(nn.Module):
@@ -380,8 +385,9 @@ class LM(nn.Module):
         """A checkpoint of train.py or eval_phonebook.py
         -> (model on the CPU, its Tokenizer's arguments, the whole checkpoint)."""
         saved = load_checkpoint(path)
-        model = cls(ModelConfig(**saved["model_config"]))
-        model.load_state_dict(saved["model"])
+        with fits(path):
+            model = cls(ModelConfig(**saved["model_config"]))
+            model.load_state_dict(saved["model"])
         return model, saved["tokenizer"], saved
 
     def forward(self, tokens, reset, targets=None):
@@ -472,6 +478,7 @@ class LM(nn.Module):
         """logits (B, V) -> tokens (B,)."""
         if temperature == 0:
             return logits.argmax(-1)
+        logits = logits.double()        # tiny temperatures are 0 in float32
         p = F.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
         return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -479,22 +486,91 @@ class LM(nn.Module):
 def load_checkpoint(path, *needed):
     """The saved dict of tensors, numbers and strings; `needed` names what else it must hold.
 
-    Raises FileNotFoundError, another OSError if it cannot be read, or ValueError if it is damaged.
+    Raises FileNotFoundError, or ValueError if it cannot be read, or is not as it was written.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}; train one with "
-                                f"--out_dir={os.path.dirname(path) or '.'}")
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open(path, "rb") as file:
+            if not is_sealed(file):
+                raise ValueError(f"{path} is damaged, or no checkpoint of this version: its "
+                                 f"checksum is wrong; choose another, or remove it and train anew")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {"model", "model_config", "tokenizer", *needed} - set(saved)
-        except Exception as error:      # a damaged file can make torch.load raise anything
-            raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}); "
-                             f"remove it, or choose another --out_dir")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir="
+                                f"{os.path.dirname(path) or '.'}") from None
+    except (OSError, MemoryError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read here, and may be intact ({one_line(error)})")
+    missing = {"model", "model_config", "tokenizer", *needed} - set(saved)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it is not a checkpoint of "
                          f"this version: choose another, or train anew")
     return saved
+
+
+@contextmanager
+def fits(path):
+    """What is loaded from `path` here, is of this code's classes and sizes, or ValueError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit this code, which has other parts or sizes "
+                         f"({one_line(error)}); use the code it was made with, or train anew")
+
+
+# ---- command lines -----------------------------------------------------------------------------
+
+RANGES = {          # of every flag that is a number, of every command
+    "seed": (int, 0, 2 ** 63 - 1), "workers": (int, 0, 256), "jobs": (int, 1, 1024),
+    "threads": (int, 1, 1024), "minutes": (float, 0, 10 ** 6),
+    "n_layer": (int, 1, 1024), "d_model": (int, 1, 2 ** 16), "d_state": (int, 1, 2 ** 20),
+    "n_head": (int, 1, 1024), "memory": (int, 1, 2 ** 24), "block_size": (int, 1, 2 ** 22),
+    "batch_size": (int, 1, 2 ** 16), "max_steps": (int, 1, 10 ** 9), "eval_rows": (int, 1, 100),
+    "lr": (float, 1e-12, 100), "beta2": (float, 0, 0.999999), "warmup": (float, 0, 1),
+    "cooldown": (float, 0, 1), "weight_decay": (float, 0, 100), "clip": (float, 1e-12, 1e12),
+    "entries_min": (int, 1, 10 ** 4), "entries_max": (int, 1, 10 ** 4),
+    "test_entries_min": (int, 1, 10 ** 4), "test_entries_max": (int, 1, 10 ** 4),
+    "numbers_max": (int, 1, 10 ** 4), "test_books": (int, 1, 10 ** 6),
+    "max_new_tokens": (int, 1, 10 ** 6), "temperature": (float, 0, 1e6),
+}
+
+
+def number(kind, low, high):
+    """A type of flag: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def command_line(usage):
+    """-> (parser, a function that adds a flag to it)."""
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
+
+    def flag(name, **settings):
+        if name[2:] in RANGES:
+            settings["type"] = number(*RANGES[name[2:]])
+        parser.add_argument(name, **settings)
+    return parser, flag
+
+
+@contextmanager
+def errors_in_one_line():
+    """Bad input ends a command with one line; what the terminal cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "allocate" in str(error)):
+            raise
+        raise SystemExit(f"error: memory is short ({one_line(error)}); pass smaller sizes")
 
 
 # ---- demonstration -----------------------------------------------------------------------------
@@ -537,27 +613,24 @@ def demo():
 def answer(argv):
     """A trained model answers a prompt, asked as it was in training."""
     from objectives import CLASSES, Tokenizer, as_prompt    # only here; it imports nothing of ours
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    flag = parser.add_argument
+    parser, flag = command_line("python model.py --ckpt=FILE --prompt=TEXT [--FLAG=VALUE ...]")
     flag("--ckpt", required=True, help="a checkpoint of train.py")
     flag("--prompt", required=True, help="the text; gaps as ___")
     flag("--objective", default="next_token_prediction", choices=CLASSES)
     flag("--start", default="", help="selective_copying: what stands just before the answer")
     flag("--end", default="", help="selective_copying: what stands just after it")
-    flag("--max_new_tokens", type=int, default=200)
-    flag("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    flag("--max_new_tokens", default=200, help="the longest answer")
+    flag("--temperature", default=0.0, help="0: the most likely token each time")
     args = parser.parse_args(argv)
-    try:
-        model, tokenizer, _ = LM.load(args.ckpt)
-        tok = Tokenizer(**tokenizer)
-        prompt = as_prompt(args.objective, args.prompt, tok, args.start, args.end)
-        tokens, = model.generate([prompt], args.max_new_tokens, tok.DONE, args.temperature)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
+    model, tokenizer, _ = LM.load(args.ckpt)
+    tok = Tokenizer(**tokenizer)
+    prompt = as_prompt(args.objective, args.prompt, tok, args.start, args.end)
+    tokens, = model.generate([prompt], args.max_new_tokens, tok.DONE, args.temperature)
     opening = args.prompt if args.objective == "next_token_prediction" else ""
     print(opening + tok.decode(tokens).removesuffix("<DONE>"))
 
 
 if __name__ == "__main__":
-    answer(sys.argv[1:]) if len(sys.argv) > 1 else demo()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends it without a word
+    with errors_in_one_line():
+        answer(sys.argv[1:]) if len(sys.argv) > 1 else demo()

@@ -30,6 +30,7 @@ Our choices, where the paper is silent or we differ
     a shuffle   is one random cycle: every token that is to move does move
 """
 import atexit
+import base64
 import contextlib
 import hashlib
 import importlib.metadata
@@ -41,6 +42,7 @@ import os
 import signal
 import sysconfig
 import tempfile
+import threading
 import time
 import zlib
 from bisect import bisect_right
@@ -52,7 +54,6 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import tiktoken
-import tiktoken.load
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -75,12 +76,14 @@ class Tokenizer:
     encoding of tiktoken's such as gpt2 (downloaded once) or the path of a .tiktoken file;
     unusable ones raise ValueError. n_masks: numbered masks for infilling; T // 8 is enough, see
     `n_masked`. A lone surrogate, which cannot be written, becomes U+FFFD; any other text survives
-    exactly.
+    exactly. `arguments` make it again, even where the file is gone: they hold its content.
     """
 
-    def __init__(self, name: str = "bpe2048", n_masks: int = 256, classes=None):
-        self.name, self.n_masks, self.encoding = name, n_masks, find_encoding(name)
-        self.arguments = dict(name=name, n_masks=n_masks, classes=list(CLASSES))    # rebuild it
+    def __init__(self, name: str = "bpe2048", n_masks: int = 256, classes=None, vocabulary=None):
+        self.name, self.n_masks = name, n_masks
+        self.encoding, vocabulary = find_encoding(name, vocabulary)
+        self.arguments = dict(name=name, n_masks=n_masks, classes=list(CLASSES),
+                              vocabulary=vocabulary)
         if classes not in (None, self.arguments["classes"]):
             raise ValueError(f"the checkpoint has the classes {', '.join(classes)}, and here they "
                              f"are {', '.join(CLASSES)}: its special tokens are others, train anew")
@@ -112,31 +115,34 @@ class Tokenizer:
         return b"".join(written).decode("utf-8", "replace")
 
 
-def find_encoding(name: str) -> tiktoken.Encoding:
+def find_encoding(name: str, vocabulary=None):
+    """-> (a tiktoken.Encoding, the content of its .tiktoken file or None)."""
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", special_tokens={},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+                                 mergeable_ranks={bytes([i]): i for i in range(256)}), None
     if name in tiktoken.list_encoding_names():
         try:
-            return tiktoken.get_encoding(name)
+            return tiktoken.get_encoding(name), None
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer {name!r} cannot be downloaded ({type(error).__name__}); "
                              f"pass --tokenizer=bpe2048, or a .tiktoken file") from None
     path = BPE2048 if name == "bpe2048" else name
-    if not os.path.isfile(path):
+    if not vocabulary and not os.path.isfile(path):
         raise ValueError(f"tokenizer {name!r} is unknown; pass bpe2048, bytes, a .tiktoken file or "
                          f"one of {', '.join(tiktoken.list_encoding_names())}")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()    # or an old copy may be read
     try:
-        ranks = tiktoken.load.load_tiktoken_bpe(path, digest)
+        vocabulary = vocabulary or Path(path).read_text()
+        lines = (line.split() for line in vocabulary.splitlines() if line)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:
         ranks = {}
     all_bytes = sum(len(token) == 1 for token in ranks) == 256
     if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{path} is no .tiktoken file: it needs a token in base64 and its rank on "
                          f"each line, all 256 single bytes, and ranks 0, 1, 2 ... once each")
+    digest = hashlib.sha256(vocabulary.encode()).hexdigest()
     return tiktoken.Encoding(f"file-{digest}", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={})
+                             special_tokens={}), vocabulary
 
 
 # ---- text --------------------------------------------------------------------------------------
@@ -148,6 +154,8 @@ PACKAGES = """numpy tqdm tiktoken regex requests urllib3 certifi charset-normali
     pluggy iniconfig packaging pygments torch sympy mpmath networkx jinja2 markupsafe fsspec
     filelock typing_extensions setuptools""".split()
 PACKAGE_TEXT = {".py", ".pyi", ".h", ".hpp", ".csv", ".md", ".txt", ".rst", ".json"}
+JSON_LINES = {".jsonl", ".ndjson"}
+MARKUP = {".csv", ".tsv", ".json", ".html", ".xml", ".parquet", ".ipynb"}   # read as it stands
 
 
 def package_files() -> list[Path]:
@@ -162,7 +170,7 @@ def package_files() -> list[Path]:
 
 
 def find_files(data: str) -> list[Path]:
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if data == "packages":
         files = package_files()
     elif data == "tables":
@@ -174,6 +182,9 @@ def find_files(data: str) -> list[Path]:
     else:                               # of a folder, hidden files and folders are left out
         files = [path] if path.is_file() else [
             f for f in sorted(path.rglob("*")) if "/." not in f"/{f.relative_to(path).as_posix()}"]
+        if markup := sorted({f.suffix for f in files} & MARKUP):
+            print(f"text     {', '.join(markup)} is read as plain text, marks and all; JSON lines "
+                  f"with a `text` ({', '.join(sorted(JSON_LINES))}) are taken apart")
     files = [f for f in files if f.is_file()]
     if not files:
         raise FileNotFoundError(
@@ -186,7 +197,7 @@ def pieces(path: Path):
     """(does a document begin here, text): a file's chunks, or the `text` of its JSON lines."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         first = True
-        while path.suffix != ".jsonl" and (piece := file.read(CHUNK) + file.readline(CHUNK)):
+        while path.suffix not in JSON_LINES and (piece := file.read(CHUNK) + file.readline(CHUNK)):
             yield first, piece
             first = False
         for number, line in enumerate(file, 1):
@@ -238,6 +249,20 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
         ids[n - max(1, n // 20):].tofile(paths[1])
 
 
+def content(paths, *key) -> str:
+    """A digest of what stands in these files, and of the key."""
+    digest = hashlib.sha256(json.dumps(key).encode())
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=size < 1e9) as bar:
+        for path in paths:
+            digest.update(f"{path.suffix} {path.stat().st_size} ".encode("utf-8", "replace"))
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block))
+    return digest.hexdigest()[:24]
+
+
 @lru_cache
 def mapped(path: str, dtype: str) -> np.memmap:
     return np.memmap(path, dtype, "r")  # each process maps the file; no token is sent to a worker
@@ -250,23 +275,35 @@ class Corpus:
     (train.bin and val.bin, uint16), tables (the hexadecimal numbers that numpy brings for its own
     tests: what stands there cannot be guessed, only looked up), stdlib (Python's source) or
     packages (the text of what pip installed beside us). Text is tokenised once, into nanoGPT's
-    format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache. size: tokens of each split.
-    Unusable data raise ValueError or FileNotFoundError.
+    format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache. size: tokens of each split;
+    fingerprint: a digest of text and vocabulary, wherever they lie. Unusable data raise ValueError
+    or FileNotFoundError.
     """
 
     def __init__(self, data: str, tok: Tokenizer):
-        folder, self.dtype = Path(data).expanduser(), "uint16"
-        if (folder / "train.bin").is_file():
-            self.check(folder / "train.bin", tok)
-            self.check(folder / "val.bin", tok)
-        else:
-            self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
-            folder = self.cached(find_files(data), tok)
+        folder, self.dtype = Path(os.path.expanduser(data)), "uint16"
+        try:
+            if (folder / "train.bin").is_file():
+                bins = [folder / "train.bin", folder / "val.bin"]
+                for path in bins:
+                    self.check(path, tok)
+                self.fingerprint = content(bins, tok.fingerprint)
+            else:
+                self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
+                files = find_files(data)
+                self.fingerprint = content(files, tok.fingerprint)
+                folder = self.cached(files, tok)
+        except PermissionError as error:
+            raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change that, or "
+                             f"pass other --data") from None
         self.paths = {split: str(folder / f"{split}.bin") for split in ("train", "val")}
         self.size = {split: len(mapped(path, self.dtype)) for split, path in self.paths.items()}
 
     def check(self, path: Path, tok: Tokenizer) -> None:
         """Is this a file of nanoGPT's, of this tokenizer's tokens?"""
+        if (path.parent / "meta.pkl").exists():
+            raise ValueError(f"{path.parent}/meta.pkl says that these tokens are of a vocabulary "
+                             f"of their own; pass the text that they were made from as --data")
         n_bytes = path.stat().st_size if path.is_file() else 0
         if not n_bytes or n_bytes % 2:
             raise ValueError(f"{path} is missing, empty or not uint16; prepare it again")
@@ -279,15 +316,15 @@ class Corpus:
 
     def cached(self, files: list[Path], tok: Tokenizer) -> Path:
         """The folder of tokens of these files, made if it is not there yet."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "birdie"
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = json.dumps([tok.fingerprint, stats]).encode("utf-8", "replace")
-        folder = cache / hashlib.sha256(key).hexdigest()[:24]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")   # no home
+        folder = cache / self.fingerprint
         try:
             if not folder.is_dir():
                 cache.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
                     tokenise(files, tok, Path(temp), self.dtype)
+                    os.chmod(temp, cache.stat().st_mode & 0o777)    # others may read it, as there
                     os.replace(temp, folder)            # all or nothing
         except OSError as error:
             if not folder.is_dir():                     # else another process was faster
@@ -410,7 +447,7 @@ def selective_copying(text, rng, tok, n_spans, query):
         if before.all() and after.all() and excess <= left + right:
             break
     else:
-        raise NotUnique(f"selective copying finds no {n_spans} spans with unique places in a text")
+        raise NotUnique
     cut_left = rng.integers(max(0, excess - right), min(excess, left) + 1)
     context = [[tok.CONTEXT], text[cut_left:n - (excess - cut_left)]]
     question, answers = [[tok.COPY]], []
@@ -671,32 +708,38 @@ class Batches:
     def sample(self, arm: Arm, size: float, rng, split: str):
         """The arm's longest sample in at most `size` tokens, from a random place of the text."""
         n = longest_text(arm, size + 1e-6)          # sizes are sums of floats
-        for _ in range(64):
+        for _ in range(16):
             start = int(rng.integers(self.corpus.size[split] - n + 1))
-            try:
-                return make_sample(arm, self.corpus.window(split, start, n), rng, self.tok)
-            except NotUnique as error:
-                last = str(error)      # not the error: it would hold every frame above
-        raise ValueError(f"{last}, at 64 places of the {split} split: pass other --data")
+            text = self.corpus.window(split, start, n)
+            with contextlib.suppress(NotUnique):
+                return make_sample(arm, text, rng, self.tok)
+        tell_once("text     it repeats itself: where 16 places are too much alike for selective "
+                  "copying, the text is predicted instead")
+        return text[:0], text
 
     def __getitem__(self, key: tuple) -> dict:
         return self.batch(*key)
 
 
+STOP_SIGNALS = [number for number in signal.Signals if number.name in
+                ("SIGINT", "SIGTERM", "SIGHUP")]        # Ctrl-C, a scheduler, a closed terminal
+
+
+tell_once = lru_cache(print)
+
+
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the training process decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """They reach the whole process group; the training process decides."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def kill_workers() -> None:
     """At exit multiprocessing asks daemons by SIGTERM, which ours ignore, and waits for ever."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch calls a killed one an error
-    for worker in workers:
-        worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class Loader:
@@ -704,15 +747,35 @@ class Loader:
 
     def __init__(self, batches, seed: int, rank: int = 0, workers: int = 0):
         self.seed, self.rank, self.keys = seed, rank, []
-        self.loader = DataLoader(batches, batch_size=None, sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, worker_init_fn=ignore_signals,
-                                 pin_memory=torch.cuda.is_available())
+        self.batches, self.workers = batches, workers
+        self.start_workers()
+
+    def start_workers(self):
+        self.loader = DataLoader(
+            self.batches, batch_size=None, sampler=self.keys, num_workers=self.workers,
+            persistent_workers=self.workers > 0, worker_init_fn=ignore_signals,
+            pin_memory=torch.cuda.is_available())
 
     def steps(self, start: int, stop: int, action, split: str = "train"):
         """Iterates over the batches of steps start to stop - 1; call again for another action."""
-        # in place: this list is the DataLoader's sampler
-        self.keys[:] = [(self.seed, self.rank, step, action, split) for step in range(start, stop)]
-        return iter(self.loader)
+        while start < stop:
+            # in place: this list is the DataLoader's sampler
+            self.keys[:] = [(self.seed, self.rank, k, action, split) for k in range(start, stop)]
+            try:
+                made = iter(self.loader)
+                if self.workers and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch raises within a step
+                for batch in made:
+                    yield batch
+                    start += 1
+            except (RuntimeError, OSError) as error:
+                if not self.workers:
+                    raise
+                problem, = str(error).splitlines()[:1] or [""]
+                tqdm.write(f"workers  one ended ({problem}): batches are made without any from now")
+                kill_workers()
+                self.workers = 0
+                self.start_workers()
 
 
 # ---- demonstration -----------------------------------------------------------------------------

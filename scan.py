@@ -6,7 +6,8 @@
 
 Symbols (Birdie, arXiv 2411.01030, sections 2.1, 3.1 and 3.4):
     a  gates    x  inputs    h  states, all (B, T, D): batch, length, channels
-    reset       a gate of 0: nothing passes from one packed sample to the next (section 3.4)
+    reset       a gate of 0: nothing passes from one packed sample to the next (section 3.4), not
+                even an infinity or a NaN
     reverse     right to left, for half the channels of a bidirectional layer (section 3.1)
 
 A lane (one channel in a thread of a GPU, a long row of channels in a thread of a CPU) walks through
@@ -21,8 +22,7 @@ Run it:  python scan.py               every backend against the loop, then a tim
          SCAN_BACKEND=torch           in any program's environment: no kernel, PyTorch only
 
 Departures from the paper: it describes no kernel; this one is ours. It gives the scan a mask; here
-the caller zeroes gates, and scans each direction in a call of its own. As in the plain loop, an
-infinite state becomes NaN at a reset (0 * inf), not 0.
+the caller zeroes gates, and scans each direction in a call of its own.
 """
 import contextlib
 import ctypes
@@ -47,18 +47,23 @@ def scan_loop(a, x, reverse=False):
     T = x.shape[1]
     h, states = torch.zeros_like(x[:, 0]), [None] * T
     for t in reversed(range(T)) if reverse else range(T):
+        h = h.masked_fill((a[:, t] == 0) & ~h.isfinite(), 0)
         h = states[t] = a[:, t] * h + x[:, t]
     return torch.stack(states, dim=1)
 
 
 # ---- PyTorch: two levels of sqrt(T) steps, for any device ----------------------------------------
 
-def torch_scan(a, x, h, reverse, state=0.0):
-    """Write h, from `state` before the first step.
+def torch_scan(a, x, h, reverse, state=0.0, careful=False):
+    """Write h, from `state` before the first step; careful: again, where 0 * inf made a nan.
 
     Time is cut into K chunks of C = sqrt(T) steps. One operation takes a step in all chunks at
     once: the three passes of the header take about 3 C + K operations, where the loop takes T.
     """
+    def step(gate, state, into, out):
+        state = state.masked_fill(gate == 0, 0) if careful else state
+        return torch.addcmul(into, gate, state, out=out)
+
     T, order = x.shape[1], -1 if reverse else 1
     C = math.isqrt(T)
     K = T // C
@@ -73,18 +78,20 @@ def torch_scan(a, x, h, reverse, state=0.0):
     if K > 1:
         e, p = (t[0].clone(memory_format=torch.contiguous_format) for t in (X, A))
         for gate, into in zip(A[1:], X[1:]):
-            torch.addcmul(into, gate, e, out=e)
+            step(gate, e, into, e)
             p.mul_(gate)
         ends, products, starts = (t.unbind(1)[::order] for t in (e, p, start))
         for end, product, this, following in zip(ends, products, starts, starts[1:]):
-            torch.addcmul(end, product, this, out=following)
+            step(product, this, end, following)
 
     before = start
     for gate, into, now in zip(A, X, H):
-        before = torch.addcmul(into, gate, before, out=now)
+        before = step(gate, before, into, now)
     before = before[:, 0 if reverse else -1]
     for gate, into, now in zip(*(t[:, rest].unbind(1)[::order] for t in (a, x, h))):
-        before = torch.addcmul(into, gate, before, out=now)
+        before = step(gate, before, into, now)
+    if not careful and not math.isfinite(h.sum()):
+        torch_scan(a, x, h, reverse, state, careful=True)
 
 
 def torch_gradients(a, h, g, da, dx, reverse):
@@ -140,9 +147,10 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
         c[w] = SUMMARY || k == 0 ? 0 : j.carried.at(b, k - 1, d)[w];
         p[w] = 1;
     }
+    const auto pass = [](float gate, float v) { return gate == 0 ? 0 : v; };   // 0 * inf is nan
     const auto step = [&](int w, float gate, float in, float before) {
-        const float y = BACK ? in + c[w] : gate * c[w] + in;        // dx or h
-        c[w] = BACK ? gate * y : y;
+        const float y = BACK ? in + c[w] : gate * pass(gate, c[w]) + in;            // dx or h
+        c[w] = BACK ? gate * pass(gate, y) : y;
         if (SUMMARY) p[w] *= gate;
         else out[w] = y;
         if (STATES) da[w] = y * before;
@@ -255,11 +263,48 @@ def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
         launch(job, back, False)                                # pass 3
 
 
+# ---- files that say whether they are whole -------------------------------------------------------
+
+def checksum(file):
+    """-> (SHA-256 of an open binary file but for its last 32 bytes, those bytes)."""
+    digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - 32
+    file.seek(0)
+    while left > 0 and (block := file.read(min(left, 1 << 20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.digest(), file.read()
+
+
+def seal(path):
+    """Write a file's SHA-256 behind it: neither torch.load nor dlopen looks there."""
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(32))
+        digest, _ = checksum(file)
+        file.seek(-32, os.SEEK_END)
+        file.write(digest)
+        os.fsync(file.fileno())
+
+
+def is_sealed(file):
+    """Is an open binary file as `seal` left it, bit for bit?"""
+    digest, end = checksum(file)
+    file.seek(0)
+    return digest == end
+
+
 # ---- who compiles it -----------------------------------------------------------------------------
 
 def run(command):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
+
+
+def one_line(error) -> str:
+    """What tells most of an error's text, which may be a compiler's."""
+    text = str(getattr(error, "stderr", None) or error) or repr(error)
+    lines = [line for line in text.splitlines() if "error:" in line or "not found" in line]
+    return " ".join((lines[0] if lines else text).split())[:300]
 
 
 def built(suffix, key, make):
@@ -271,12 +316,17 @@ def built(suffix, key, make):
     from torch.utils import cpp_extension
     key = hashlib.sha256("\n".join([torch.__version__, KERNEL, *key]).encode()).hexdigest()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    final = pathlib.Path(root, f"birdie_scan_{key[:16]}{suffix}").expanduser()
-    if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=final.stem, dir=final.parent) as folder:
-            make(pathlib.Path(folder, final.name))
-            os.replace(pathlib.Path(folder, final.name), final)
+    root = tempfile.gettempdir() if "~" in pathlib.Path(root).parts else root       # no home
+    final = pathlib.Path(root, f"birdie_scan_{key[:16]}{suffix}")
+    with contextlib.suppress(FileNotFoundError), open(final, "rb") as file:
+        if is_sealed(file):             # loading half a library would end the process
+            return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=final.stem, dir=final.parent) as folder:
+        made = pathlib.Path(folder, final.name)
+        make(made)
+        seal(made)
+        os.replace(made, final)
     return final
 
 
@@ -374,7 +424,7 @@ def load_nvrtc(device):
 
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.index)   # the one torch uses
     call("cuCtxSetCurrent", context)
-    call("cuModuleLoadData", ctypes.byref(module), cubin.read_bytes())
+    call("cuModuleLoadData", ctypes.byref(module), cubin.read_bytes()[:-32])
     call("cuModuleGetFunction", ctypes.byref(kernel), module, b"birdie_lanes")
     return launch
 
@@ -390,10 +440,7 @@ def load(device):
         try:
             return name, "; ".join(reasons), loader(device)
         except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            text = getattr(error, "stderr", None) or str(error) or repr(error)
-            lines = text.strip().splitlines()
-            telling = (line for line in lines if "error:" in line or "not found" in line)
-            reasons.append(f"no {name}: {next(telling, lines[0]).strip()}")
+            reasons.append(f"no {name}: {one_line(error)}")
     reason = "; ".join(reasons) or f"no kernel for {device.type}"
     print(f"scan: using PyTorch on {device}, which is slower: {reason}", file=sys.stderr)
     return "torch", reason, None

@@ -10,7 +10,8 @@ Run it:  python train.py                                a small model learns to 
          python train.py --out_dir=out --resume         go on from the last checkpoint
          python train.py --help                         every setting
 
-A run folder holds ckpt.pt, which is whole at any moment, and log.jsonl, one JSON object a line:
+A run folder holds ckpt.pt, whole at any moment and with a checksum, and log.jsonl, one JSON object
+a line:
 the configuration, then lines with `train_loss`, and for each evaluation one with `mean_loss`, and
 `loss_`, `accuracy_`, `reward_` and `share_` of every class: `pd.read_json("out/log.jsonl",
 lines=True)`. A batch depends on nothing but (seed, rank, step, action), so a resumed run sees the
@@ -23,14 +24,17 @@ small batches.
 """
 import argparse
 import ctypes
+import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 
@@ -38,6 +42,11 @@ from importlib.util import find_spec
 # 4.2 s; with this, 0.5 s. It must be set before torch starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for deterministic products on GPUs
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends the imports without a word
+
+with suppress(ImportError):         # Windows has none
+    import fcntl
 
 import numpy as np
 import torch
@@ -49,8 +58,9 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import scan
-from model import IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, load_checkpoint
-from objectives import CLASSES, Batches, Corpus, Loader, Tokenizer, arms
+from model import (IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, command_line,
+                   errors_in_one_line, fits, load_checkpoint)
+from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer, arms
 from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler, reward
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -76,27 +86,13 @@ CAUSAL_MIXTURES = "ntp", "birdie-causal"    # without prefixes, reverse channels
 MAY_CHANGE = {"out_dir", "data", "device", "workers", "compile", "resume"}  # in a resumed run
 
 
-def number(kind, low, high=math.inf):
-    """A type of flag: an int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def command_line(usage):
-    """-> (parser, its add_argument), with the flags that pretraining and fine-tuning share."""
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    flag = parser.add_argument
+def shared_flags(usage):
+    """-> (parser, what adds a flag to it), with what pretraining and fine-tuning share."""
+    parser, flag = command_line(usage)
     flag("--out_dir", default="out", help="run folder")
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
-    flag("--seed", default=1, type=number(int, 0), help="of random weights and of the batches")
-    flag("--workers", default=1, type=number(int, 0), help="processes that make batches")
+    flag("--seed", default=1, help="of random weights and of the batches")
+    flag("--workers", default=1, help="processes that make batches")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda, cuda:1 ... or mps")
     flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -108,9 +104,9 @@ def command_line(usage):
 
 def parse_args(argv):
     """-> (settings, the checkpoint to go on from or None)."""
-    parser, flag = command_line("python train.py [--FLAG=VALUE ...]")
-    count, share = number(int, 1), number(float, 0, 1)
+    parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
+    flag("--init_from", help="a checkpoint whose weights, sizes and vocabulary a new run begins with")
     flag("--data", default="tables", help="text file, folder, .jsonl, nanoGPT folder, or tables "
          "(numpy's), stdlib (Python's), packages (what pip installed)")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
@@ -119,21 +115,21 @@ def parse_args(argv):
          help="the class that has half of the bandit's proposals on average")
     flag("--arch", default="gated_ssm", choices=MIXERS, help="kind of block")
     flag("--causal", action="store_true", help="no block reads the prefix right to left")
-    flag("--n_layer", default=4, type=count, help="blocks; a preset has its own for each --arch")
-    flag("--d_model", default=192, type=count, help="channels of the residual stream")
-    flag("--d_state", default=384, type=count, help="channels of the recurrence")
-    flag("--memory", default=1024, type=count, help="the Gated SSM's longest at first, in tokens")
-    flag("--n_head", default=4, type=count, help="heads of the Transformer")
-    flag("--block_size", default=128, type=count, help="tokens in a row")
-    flag("--batch_size", default=16, type=count, help="rows in a step")
-    flag("--max_steps", default=8000, type=count, help="steps of training")
-    flag("--lr", default=2e-3, type=number(float, 1e-12), help="the highest learning rate")
-    flag("--beta2", default=0.99, type=number(float, 0, 0.999999),
+    flag("--n_layer", default=4, help="blocks; a preset has its own for each --arch")
+    flag("--d_model", default=192, help="channels of the residual stream")
+    flag("--d_state", default=384, help="channels of the recurrence")
+    flag("--memory", default=1024, help="the Gated SSM's longest at first, in tokens")
+    flag("--n_head", default=4, help="heads of the Transformer")
+    flag("--block_size", default=128, help="tokens in a row")
+    flag("--batch_size", default=16, help="rows in a step")
+    flag("--max_steps", default=8000, help="steps of training")
+    flag("--lr", default=2e-3, help="the highest learning rate")
+    flag("--beta2", default=0.99,
          help="AdamW's memory of squared gradients; small batches need a longer one")
-    flag("--warmup", default=0.02, type=share, help="share of the steps in which the rate rises")
-    flag("--weight_decay", default=0.1, type=number(float, 0), help="AdamW's, of most matrices")
-    flag("--clip", default=1.0, type=number(float, 1e-12), help="largest norm of the gradient")
-    flag("--eval_rows", default=4, type=count, help="validation rows for each arm")
+    flag("--warmup", default=0.02, help="share of the steps in which the rate rises")
+    flag("--weight_decay", default=0.1, help="AdamW's, of most matrices")
+    flag("--clip", default=1.0, help="largest norm of the gradient")
+    flag("--eval_rows", default=4, help="validation rows for each arm")
     flag("--shard", action="store_true",
          help="under torchrun each device holds a part of the weights and of AdamW's numbers")
     flag("--recompute", action="store_true",
@@ -147,6 +143,10 @@ def parse_args(argv):
     sizes = PRESETS[args.preset]
     depth = sizes["n_layer"].get(args.arch, sizes["n_layer"]["gated_ssm"])
     parser.set_defaults(**{**sizes, "n_layer": depth})
+    if args.init_from:
+        begun = load_checkpoint(args.init_from)
+        known = {name: x for name, x in begun["model_config"].items() if hasattr(args, name)}
+        parser.set_defaults(**known, tokenizer=begun["tokenizer"]["name"])
     return parser.parse_args(argv), None
 
 
@@ -194,7 +194,7 @@ def settle(args):
     reason = "as given"
     if args.compile == "auto":
         compiler = (find_spec("triton") if on_gpu else kind == "cpu" and
-                    shutil.which(cpp_extension.get_cxx_compiler()))
+                    shutil.which(shlex.split(cpp_extension.get_cxx_compiler())[0]))
         short = args.max_steps * args.batch_size * args.block_size < 2_000_000
         args.compile = "no" if short or not compiler else "yes"
         reason = ("the run is over before it pays" if short else "the first step takes about 20 s"
@@ -238,6 +238,9 @@ def join_processes(args):
     """Under torchrun: meet the others; only the first prints."""
     if "RANK" not in os.environ:
         return
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"RANK is set and {name} is not; start it by torchrun, or unset RANK")
     if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group()
@@ -386,6 +389,13 @@ class Learner:
                 break
             except torch.OutOfMemoryError as error:
                 problem = str(error)        # not the error: it would hold the tensors
+            except Exception as error:
+                if self.model is self.raw or self.args.compile == "no" or processes()[1] > 1:
+                    raise
+                print(f"compile  no: it failed ({scan.one_line(error)}); was a run killed in its "
+                      f"first step, remove {os.environ.get('TORCHINDUCTOR_CACHE_DIR')} once")
+                self.model = self.raw
+                continue
             finally:
                 self.optimizer.zero_grad()
             if rows == 1 or self.is_sharded:        # sharded, the others are in the middle of it
@@ -499,54 +509,146 @@ def report(step, arms, loss, accuracy, before, action, predicted):
 
 # ---- the run folder ----------------------------------------------------------------------------
 
-def save_checkpoint(path, checkpoint):
-    """Written beside, read again, then renamed: at any moment `path` is a whole checkpoint."""
-    with open(path + ".part", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def claimed(folder, name):
+    """The folder is for one process at a time. A lock ends with its process, however that ends."""
     try:
-        torch.load(path + ".part", map_location="cpu", weights_only=True)
-    except Exception as error:
-        os.remove(path + ".part")
-        raise ValueError(f"{path} would not load again ({type(error).__name__}): a state_dict may "
-                         f"hold tensors, numbers, strings, lists and dicts, and no numpy arrays")
-    os.replace(path + ".part", path)
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, f".{name}.lock"), "a")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out_dir")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process is at work in {folder}; wait for it, or choose "
+                             f"another --out_dir") from None
+        except (NameError, OSError):            # Windows, or a file system without locks
+            pass
+        with suppress(FileNotFoundError):       # of a process that was killed
+            os.remove(os.path.join(folder, f"{name}.part"))
+        yield
+
+
+@contextmanager
+def replacing(path):
+    """-> where to write; then it is renamed, so at any moment `path` is a whole file."""
+    part = path + ".part"
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(part)
+        if isinstance(error, OSError):
+            raise ValueError(f"{path} cannot be written ({error.strerror}), and is as it was; make "
+                             f"room there, then go on from it with --resume") from None
+        raise
+
+
+def save_checkpoint(path, checkpoint):
+    """Written beside, read again, sealed with a checksum, then renamed."""
+    if not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
+        raise ValueError(f"weights are no longer finite, and not saved: start anew in another "
+                         f"--out_dir with a lower --lr; an earlier {path} is as it was")
+    with replacing(path) as part:
+        try:
+            torch.save(checkpoint, part)
+            torch.load(part, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(errno.EIO, getattr(error, "strerror", None) or scan.one_line(error))
+        except Exception as error:
+            raise ValueError(f"{path} would not load again ({scan.one_line(error)}): a state_dict "
+                             f"may hold tensors, numbers, strings, lists and dicts, and no numpy "
+                             f"arrays")
+        scan.seal(part)
+
+
+def finite(value):
+    """JSON knows neither nan nor infinity: None stands for them."""
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Log:
     """log.jsonl: one JSON object a line, each written whole."""
 
     def __init__(self, path, resume_at=None):
-        """A resumed run writes the lines from its step on again, so the old ones are dropped."""
-        self.path, kept = path, []
-        if processes()[0]:
-            return
-        if resume_at is not None and os.path.exists(path):
-            with open(path) as file:
-                kept = [line for line in file
-                        if line.endswith("\n") and json.loads(line)["step"] < resume_at]
-        with open(path + ".part", "w") as file:
-            file.writelines(kept)
-        os.replace(path + ".part", path)
+        """A resumed run writes the lines from its step on again, so the old ones are cut off."""
+        self.path, self.writes, end = path, processes()[0] == 0, 0
+        if resume_at is not None and self.writes and os.path.exists(path):
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):        # cut short by a kill
+                        break
+                    try:
+                        if json.loads(line)["step"] >= resume_at:
+                            break
+                    except (KeyError, TypeError, ValueError):
+                        raise ValueError(f"{path} line {number} is not of a log: {line[:50]!r}; "
+                                         f"mend or remove it")
+                    end += len(line)
+        if self.writes:
+            with self.opened() as file:
+                file.truncate(end)
+
+    @contextmanager
+    def opened(self):
+        try:
+            with open(self.path, "a") as file:
+                yield file
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written ({error.strerror}); make room there, "
+                             f"then go on from the checkpoint beside it with --resume") from None
 
     def write(self, **entry):
-        if processes()[0] == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        if self.writes:
+            with self.opened() as file:
+                file.write(json.dumps(finite(entry)) + "\n")
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop after the step in hand; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM or SIGHUP: a stop after the step in hand, or at once where all is saved.
 
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+    A second Ctrl-C (a second later: some tools send each twice) stops at once too.
+    """
+
+    def __init__(self, program="train.py"):
+        self.program, self.asked, self.when, self.at_once = program, 0, math.inf, True
+        self.message = "stopped before the first step"
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():       # others cannot have any
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:          # as nohup sets SIGHUP
+                    self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = number == signal.SIGINT and time.monotonic() > self.when + 1
+        self.asked, self.when = number, min(self.when, time.monotonic())
+        if self.at_once or again:
+            self.stop()
+
+    def stop(self):
+        print(self.message, file=sys.stderr)
+        raise SystemExit(128 + (self.asked or signal.SIGTERM))
+
+    def saved(self, step, args, at_once=False):
+        """Tell it what a stop would say from now on."""
+        self.message = (f"stopped after step {step}; go on with: python {self.program} "
+                        f"--out_dir={args.out_dir} --resume")
+        self.at_once = at_once
+        if at_once and self.asked:
+            self.stop()
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -555,17 +657,25 @@ class Run:
     """What a run consists of: text, batches, model, optimizer, scheduler, and its folder."""
 
     def __init__(self, args, saved):
-        self.args, self.start = args, 0
+        self.args, self.start, resumes = args, 0, bool(saved)
         self.before = None              # losses at the evaluation before
-        self.tok = Tokenizer(args.tokenizer, n_masks=args.block_size // 8)
+        begun = saved or (args.init_from and load_checkpoint(args.init_from))
+        self.tok = Tokenizer(**begun["tokenizer"] if begun else
+                             dict(name=args.tokenizer, n_masks=args.block_size // 8))
         self.corpus = corpus = Corpus(args.data, self.tok)
+        self.data = dict(corpus.size, fingerprint=corpus.fingerprint)
         self.batches = Batches(corpus, self.tok, args.block_size, args.batch_size)
         self.arms = self.batches.arms
         self.scheduler = make_scheduler(args.mixture, self.arms, args.max_steps, args.seed,
                                         args.focus)
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
-        self.model = LM(model_config(args, self.tok)).to(args.device)
+        config = model_config(args, self.tok)
+        check_memory(config, args)
+        self.model = LM(config).to(args.device)
+        if args.init_from and not saved:
+            with fits(args.init_from):
+                self.model.load_state_dict(begun["model"])
         if args.shard and processes()[1] > 1:
             shard(self.model, args)
         self.optimizer = torch.optim.AdamW(
@@ -576,21 +686,22 @@ class Run:
         if saved:
             self.restore(saved)
         self.path = os.path.join(args.out_dir, "ckpt.pt")
-        try:
-            os.makedirs(args.out_dir, exist_ok=True)
-            self.log = Log(os.path.join(args.out_dir, "log.jsonl"), saved and self.start)
-        except OSError as error:
-            raise ValueError(f"{args.out_dir} cannot be written ({error.strerror}); choose another "
-                             f"--out_dir")
-        if not saved:
+        self.log = Log(os.path.join(args.out_dir, "log.jsonl"),
+                       self.start if resumes else None)
+        if not resumes:
             self.log.write(step=-1, config=vars(args), arms=[arm.name for arm in self.arms],
-                           data=corpus.size, torch=torch.__version__)
+                           data=self.data, torch=torch.__version__)
 
     def restore(self, saved):
-        Tokenizer(**saved["tokenizer"])         # ValueError if classes were added since
-        if saved["data"] != self.corpus.size:
-            raise ValueError(f"the run was trained on {saved['data']} tokens, and --data now has "
-                             f"{self.corpus.size}; give it the same text, or another --out_dir")
+        if saved["data"] != self.data:
+            raise ValueError(f"the run's text was {saved['data']}, and --data={self.args.data} is "
+                             f"{self.data}; give it the same, or train on this one in another "
+                             f"--out_dir with --init_from={self.args.out_dir}/ckpt.pt")
+        with fits(os.path.join(self.args.out_dir, "ckpt.pt")):
+            self.load(saved)
+        saved.clear()                   # the weights are not needed twice
+
+    def load(self, saved):
         weights, moments = saved["model"], saved["optimizer"]["state"].values()
         saved["model"] = {name: spread(weights[name], like)
                           for name, like in self.model.state_dict().items()}
@@ -615,18 +726,17 @@ class Run:
               f"{self.model.n_parameters():,} parameters")
         print(f"run      {args.max_steps:,} steps of {args.batch_size} x {args.block_size} tokens, "
               f"{args.mixture} over {len(self.arms)} arms, learning rate {args.lr:g}, into "
-              f"{args.out_dir}/")
+              f"{args.out_dir}/" + f", from step {self.start:,}" * (self.start > 0))
+        if self.start == args.max_steps:
+            print("         it is finished: only its last evaluation is repeated; --init_from in "
+                  "another --out_dir trains on")
 
     def save(self, step):
         states = {name: whole(part.state_dict()) for name, part in self.parts.items()}
-        if not all(weight.isfinite().all() for weight in states["model"].values()):
-            raise ValueError(f"the weights are no longer finite at step {step}; {self.path} is "
-                             f"from before: start anew in another --out_dir, with a lower --lr "
-                             f"than {self.args.lr:g}")
         if processes()[0] == 0:
             save_checkpoint(self.path, dict(
                 step=step, config=vars(self.args), model_config=asdict(self.model.config),
-                tokenizer=self.tok.arguments, data=self.corpus.size,
+                tokenizer=self.tok.arguments, data=self.data,
                 losses=None if self.before is None else self.before.tolist(),
                 **states))
 
@@ -642,21 +752,45 @@ class Run:
         self.before = loss
 
 
+def check_memory(config, args):
+    """Sizes far beyond this machine would end in its killing the process, without a word."""
+    with torch.device("meta"):
+        n = LM(config).n_parameters()
+    need, there = 16 * n, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.device == "cpu" and need > there:
+        raise ValueError(f"{n:,} parameters take {need / 1e9:.0f} GB with gradients and AdamW's "
+                         f"numbers, and this machine has {there / 1e9:.0f}; pass a smaller "
+                         f"--d_model, --d_state or --n_layer")
+
+
 def train(args, saved=None):
     """The whole run, into args.out_dir; saved: a checkpoint to go on from."""
-    if not saved and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-        raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or choose "
-                         f"another --out_dir")
     args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
     join_processes(args)
-    settle(args)
-    keep_freed_memory()
-    torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(args.seed)
-    run, (rank, n_processes) = Run(args, saved), processes()
-    run.describe()
-    loader, stop = Loader(run.batches, args.seed, workers=args.workers), StopSignal()
+    rank, n_processes = processes()
+    claim = claimed(args.out_dir, "ckpt.pt") if rank == 0 else nullcontext()
+    with StopSignal() as stop, claim:
+        if not saved and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+            raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or "
+                             f"choose another --out_dir")
+        settle(args)
+        keep_freed_memory()
+        torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.manual_seed(args.seed)
+        run = Run(args, saved)
+        run.describe()
+        take_steps(run, stop)
+        if rank == 0:
+            model = LM.load(run.path)[0] if run.learner.is_sharded else run.model
+            show_samples(model, run.tok, run.validation, args)
+    if n_processes > 1:
+        dist.destroy_process_group()
+
+
+def take_steps(run, stop):
+    args, (rank, n_processes) = run.args, processes()
+    loader = Loader(run.batches, args.seed, workers=args.workers)
     evaluations = evaluation_steps(args.max_steps)
     with tqdm(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
               mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank > 0) as bar:
@@ -665,34 +799,35 @@ def train(args, saved=None):
                 continue
             if begin >= run.start:
                 run.save(begin)         # first, so that resuming repeats the evaluation
+                stop.saved(begin, args, at_once=n_processes == 1)
                 run.evaluate(begin)
+            stop.at_once = False
             first, tick = max(begin, run.start), time.perf_counter()
             for step, batch in enumerate(loader.steps(first, min(end, args.max_steps), run.action),
                                          first):
                 lr = learning_rate(step, args)
                 loss, norm = run.learner.step(batch, lr)
                 bar.update()
-                asked = stop.asked
+                asked = bool(stop.asked)
                 stopping = asked and n_processes == 1
                 if (step + 1) % 10 == 0:        # the only steps that wait for the device
                     loss, asked = (x.item() for x in sum_over(loss.cpu(), asked))
+                    if not math.isfinite(loss) and args.dtype != "float16":     # which skips it
+                        raise ValueError(f"the loss is {loss} at step {step}; {run.path} is from "
+                                         f"before: start anew in another --out_dir, with a lower "
+                                         f"--lr than {args.lr:g}")
                     seconds, tick = time.perf_counter() - tick, time.perf_counter()
                     n_steps = min(10, step + 1 - first)
                     speed = round(n_steps * args.batch_size * args.block_size / seconds)
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
-                    norm = norm.item() if norm.isfinite() else None     # JSON has no infinity
-                    run.log.write(step=step, train_loss=loss, norm=norm, lr=lr,
+                    run.log.write(step=step, train_loss=loss, norm=norm.item(), lr=lr,
                                   tokens_per_s=speed, **run.learner.counts())
                     stopping = asked > 0        # all processes at the same step
                 if stopping:
                     run.save(step + 1)
-                    raise SystemExit(f"stopped after step {step + 1}; go on with: python train.py "
-                                     f"--out_dir={args.out_dir} --resume")
-    if rank == 0:
-        model = LM.load(run.path)[0] if run.learner.is_sharded else run.model
-        show_samples(model, run.tok, run.validation, args)
-    if n_processes > 1:
-        dist.destroy_process_group()
+                    stop.saved(step + 1, args)
+                    stop.stop()
+        stop.at_once = True
 
 
 # ---- what the model has learnt, as text --------------------------------------------------------
@@ -726,10 +861,8 @@ def show_samples(model, tok, validation, args, longest=160):
 
 
 def main(argv=None):
-    try:
+    with errors_in_one_line():
         train(*parse_args(argv))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Times are medians of rounds in which all that is compared takes turns, so that noise hits all alike.
 Inputs are random. It runs on the GPU where there is one.
 """
-import argparse
 import importlib.util
 import itertools
 import os
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 import scan as S
-from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE
+from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE, command_line
 from objectives import Batches, Corpus, Tokenizer
 
 VOCABULARY = Tokenizer("bpe2048", n_masks=16)
@@ -200,11 +199,9 @@ BENCHES = {"scan": bench_scan, "step": bench_step, "decode": bench_decode, "batc
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    flag = parser.add_argument
+    parser, flag = command_line(None)
     flag("what", nargs="*", default=[*BENCHES], help=f"of {', '.join(BENCHES)}; all without a name")
-    flag("--threads", type=train.number(int, 1), default=1, help="of the CPU")
+    flag("--threads", default=1, help="of the CPU")
     flag("--compile", action="store_true", help="torch.compile for training steps")
     flag("--nanogpt", metavar="FOLDER", help="holds nanoGPT's model.py, which trains beside ours")
     flag("--quick", action="store_true", help="tiny sizes and one round: numbers mean nothing")

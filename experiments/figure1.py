@@ -12,7 +12,6 @@ that are there; at the end come a markdown table and figure1.png.
 The number of threads changes how sums are rounded, and so the result; with several, the same
 command need not give it twice. The runs of experiments/figure1.json had one thread each.
 """
-import argparse
 import fnmatch
 import json
 import os
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train import number
+from model import command_line
 
 ARCHITECTURES = {"gated_ssm": "Gated SSM", "hawk": "Hawk", "transformer": "Transformer"}
 PRETRAINING = {                         # --mixture of train.py, or none: its name, color and width
@@ -45,15 +44,11 @@ RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, see
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(usage="python experiments/figure1.py [--FLAG=VALUE ...]",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    flag = parser.add_argument
+    parser, flag = command_line("python experiments/figure1.py [--FLAG=VALUE ...]")
     flag("--out_dir", default="figure1", help="a folder for each run, figure1.json, figure1.png")
     flag("--preset", default="cpu", choices=eval_phonebook.PRESETS, help="size of models and books")
     flag("--only", default="*", help="runs that match a pattern; several, with commas")
-    flag("--jobs", default=1 if torch.cuda.is_available() else cores(), type=number(int, 1),
+    flag("--jobs", default=1 if torch.cuda.is_available() else cores(),
          help="runs at a time; they share the cores")
     args = parser.parse_args(argv)
     args.only = [pattern.strip() for pattern in args.only.split(",")]

@@ -8,7 +8,6 @@ A part measures rows, each on its own: what goes wrong in one is written down as
 others go on. gpu.json is written anew after each part. Time that a part leaves unused goes to those
 after it; a row that would begin when its part's time is over is skipped, and says so.
 """
-import argparse
 import contextlib
 import datetime
 import gc
@@ -37,7 +36,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import scan as S
 import train
-from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE, ModelConfig
+from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE, ModelConfig, command_line
 from objectives import Tokenizer
 
 GIB = 2 ** 30
@@ -414,14 +413,12 @@ def show(part, rows):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists every flag")
-    flag = parser.add_argument
+    parser, flag = command_line(None)
     flag("--device", default="cuda", choices=("cuda", "cpu"))
     flag("--quick", action="store_true", help="tiny sizes: numbers mean nothing")
     flag("--out", default="gpu.json", help="what to write")
     flag("--nanogpt", metavar="FOLDER", help="holds nanoGPT's model.py, which trains beside ours")
-    flag("--minutes", type=train.number(float, 0), default=9, help="after which no row is begun")
+    flag("--minutes", default=9, help="after which no row is begun")
     flag("--only", default=",".join(PARTS), help="parts, with commas between them")
     args = parser.parse_args(argv)
     parts = [part for part in PARTS if part in args.only.split(",")]

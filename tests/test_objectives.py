@@ -631,10 +631,8 @@ def test_what_has_no_room_or_no_text_says_so_in_one_line(tok, tmp_path, monkeypa
     (tmp_path / "a.txt").write_text("too little")
     with one_line("pass more text as --data"):
         Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 256, 8)
-    (tmp_path / "a.txt").write_text("a" * 100_000)
+    (tmp_path / "a.txt").write_text("b" * 100_000)
     batches = Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 128, 2)
-    with one_line("pass other --data"):
-        batches.batch(0, 0, 0, uniform(batches), "train")
     for wrong in (np.ones(3) / 3, 2 * uniform(batches), -uniform(batches)):
         with one_line("an action is .* probabilities"):
             batches.batch(0, 0, 0, wrong, "train")
@@ -642,6 +640,18 @@ def test_what_has_no_room_or_no_text_says_so_in_one_line(tok, tmp_path, monkeypa
     (tmp_path / "b.txt").write_text("a cache that is a file")
     with one_line("set XDG_CACHE_HOME"):
         Corpus(str(tmp_path / "b.txt"), tok)
+
+
+def test_where_text_repeats_itself_it_is_predicted_and_the_run_goes_on(tok, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a" * 100_000)
+    batches = Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 128, 2)
+    k, = np.flatnonzero([arm.name.startswith("selective_copying-24-48-n_spans=1-query=before")
+                         for arm in batches.arms])
+    batch = batches.batch(0, 0, 0, np.eye(len(batches.arms))[k], "train")
+    real = batch["arm"] == k
+    assert real.sum() > 100 and (batch["targets"][real] == ord("a")).all()
+    batches.batch(0, 0, 1, np.eye(len(batches.arms))[k], "train")
+    assert capsys.readouterr().out.count("it repeats itself") == 1
 
 
 def test_the_demonstration_runs(capsys):

@@ -1,10 +1,12 @@
-"""A question is answered by its book; no entry of a test book is ever trained on; rows hold whole
-books and drop none; scores mean what they say; a fine-tuned model is scored again as it was.
+"""A question is answered by its book; no name of a test book is ever trained on; rows hold whole
+books and drop none; scores mean what they say; fine-tuning goes on where it was stopped.
 
     python -m pytest tests/test_phonebook.py
 """
 import json
+import os
 import re
+import signal
 import types
 
 import numpy as np
@@ -13,12 +15,13 @@ import torch
 
 import eval_phonebook as pb
 import train
-from eval_phonebook import FIRST, LAST, Books, digits_right, interval, main, score, write_book
-from model import LM, ModelConfig
+from eval_phonebook import (Books, digits_right, interval, main, names, score, unseen_books,
+                            write_book)
+from model import LM, ModelConfig, load_checkpoint
 from objectives import IGNORE, RESET_FORWARD, RESET_REVERSE, Tokenizer
 
 TOK = Tokenizer("bpe2048", 16)
-TINY = dict(entries_min=1, entries_max=3, numbers_max=2, test_entries_min=3, test_entries_max=4,
+TINY = dict(entries_min=1, entries_max=3, numbers_max=2, test_entries="3,1", test_numbers="1,2",
             test_books=8, max_steps=2, batch_size=2, block_size=256, workers=0, device="cpu",
             dtype="float32", compile="no")
 
@@ -29,11 +32,11 @@ def flags(**settings):
 
 
 def make_books(**settings):
-    return Books(TOK, types.SimpleNamespace(**{**TINY, **settings}))
+    return Books(TOK, types.SimpleNamespace(**{**TINY, "question": "both", **settings}))
 
 
-def a_book(seed=0, n_entries=8, n_numbers=3, split="val"):
-    return write_book(np.random.default_rng(seed), n_entries, n_numbers, split)
+def a_book(seed=0, n_entries=8, n_numbers=3, split="test", question="both"):
+    return write_book(np.random.default_rng(seed), n_entries, n_numbers, split, question)
 
 
 def entries_of(prompt):
@@ -63,41 +66,40 @@ def test_the_answer_is_what_a_reader_finds_in_the_book(n_numbers):
 def test_a_book_by_hand():
     """Figure 9: the question, the book, the question again."""
     prompt, answer = a_book(1, 4, 3)
-    names = "Tyler Butler, Holly Hurley, and Harold Villa"
+    names = "Lawin Nazolin, Tamar Omozo, and Levin Amowin"
     assert prompt == f"""\
 What are the phone numbers for {names}? Find them in the phonebook below.
 
 Phonebook:
-Loretta Ibarra: 979-072-5927
-Holly Hurley: 881-976-1939
-Tyler Butler: 222-879-8280
-Harold Villa: 997-713-2830
+Noden Taleren: 923-842-8246
+Levin Amowin: 500-878-5834
+Tamar Omozo: 713-149-1349
+Lawin Nazolin: 252-070-2441
 
 What are the phone numbers for {names}? Find them in the phonebook above."""
-    assert answer == "222-879-8280, 881-976-1939, 997-713-2830"
-    assert "for Harold Villa? Find" in a_book(1, 4, 1)[0]
-    assert "for Harold Villa and Tyler Butler? Find" in a_book(1, 4, 2)[0]
+    assert answer == "252-070-2441, 713-149-1349, 500-878-5834"
+    assert "for Lawin Nazolin? Find" in a_book(1, 4, 1)[0]
+    assert "for Lawin Nazolin and Tamar Omozo? Find" in a_book(1, 4, 2)[0]
 
 
 # ---- books --------------------------------------------------------------------------------------
 
-def test_names_are_many_and_none_begins_another():
-    names = FIRST + LAST
-    assert len(FIRST) == len(LAST) == 300 and len(set(names)) == 600
-    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
+def test_every_name_is_of_one_split_and_each_split_has_many():
+    sides = {split: names(split) for split in pb.SPLITS}
+    for kind, total in ((0, 900), (1, 27_000)):                 # first, last
+        found = [set(sides[split][kind]) for split in pb.SPLITS]
+        assert len(set.union(*found)) == sum(map(len, found)) == total
+        assert [round(len(each) / total, 1) for each in found] == [0.8, 0.1, 0.1]
 
 
-def test_no_entry_of_a_test_book_can_be_in_a_training_book():
-    train_entries, val_entries = ({entry for seed in range(200)
-                                   for entry in entries_of(a_book(seed, 20, 1, split)[0])}
-                                  for split in ("train", "val"))
-    assert len(train_entries) > 3900 and not train_entries & val_entries
-    for entries, other in ((train_entries, "val"), (val_entries, "train")):
-        for name, number in sorted(entries)[:50]:               # nor by luck: a pair has one side
-            digits = [int(digit) for digit in number if digit != "-"]
-            drawn = iter([digits, *np.random.default_rng(0).integers(10, size=(500, 10))])
-            rng = types.SimpleNamespace(integers=lambda *_, **__: next(drawn))
-            assert pb.phone_number(rng, name, other) != number
+def test_no_name_of_a_test_book_is_in_a_training_or_validation_book():
+    seen = {split: {name for seed in range(200) for person, _ in entries_of(
+        a_book(seed, 20, 1, split)[0]) for name in person.split()} for split in pb.SPLITS}
+    for split, others in (("test", ("train", "val")), ("val", ("train", "test"))):
+        first, last = names(split)
+        assert seen[split] <= {*first, *last} and len(seen[split]) > 500
+        for other in others:        # a first name may be a last one elsewhere: few are
+            assert len(seen[split] & seen[other]) == 0
 
 
 def test_digits_are_uniform():
@@ -134,7 +136,7 @@ def test_books_have_on_average_as_many_entries_as_was_asked(monkeypatch):
     books = make_books(entries_min=4, entries_max=8, batch_size=8, block_size=384)
     written, ready = [], {(n, k): a_book(0, n, k) for n in range(4, 9) for k in (1, 2)}
 
-    def write(rng, n_entries, n_numbers, split):
+    def write(rng, n_entries, n_numbers, split, question):
         written.append((n_entries, n_numbers))
         return ready[n_entries, n_numbers]
 
@@ -162,9 +164,9 @@ def test_no_book_is_longer_than_the_bound_and_one_that_may_not_fit_is_refused(mo
     assert all((books.batch(1, 0, step)["arm"] >= 0).sum(1).max() <= bound for step in range(50))
     with pytest.raises(ValueError, match=f"takes up to {bound} tokens.*--block_size={bound}"):
         make_books(entries_max=12, numbers_max=4, block_size=bound - 1)
-    for kind, space in (("FIRST", ""), ("LAST", " ")):  # the names that cost most where they stand
-        costly = max(getattr(pb, kind), key=lambda name: len(TOK.encode(space + name)))
-        monkeypatch.setattr(pb, kind, [costly] * 4)
+    costly = [[max(each, key=lambda name: len(TOK.encode(space + name)))] * 4   # where they stand
+              for each, space in zip(names("train"), ("", " "))]
+    monkeypatch.setattr(pb, "names", lambda split: costly)
     bound = make_books(block_size=4096).longest(12, 1)
     assert all(size(seed, 1) <= bound for seed in range(20))
 
@@ -183,7 +185,7 @@ def test_the_oracle_scores_100_percent_and_random_numbers_10(n_numbers):
     assert result["n_numbers"] == n_numbers and result["books"] == 400
 
     def guess(prompts, n):
-        return [", ".join(pb.phone_number(rng, "", "train") for _ in range(n)) for _ in prompts]
+        return [", ".join(entries_of(a_book(rng, 1, 1)[0])[0][1] for _ in range(n)) for _ in prompts]
 
     result = score(guess, books)
     assert abs(result["digits"] - 0.1) < 0.02 and result["exact"] == 0
@@ -238,7 +240,8 @@ def result_of(folder):
 
 def test_a_run_leaves_results_a_curve_and_a_checkpoint(run):
     found = result_of(run)
-    assert [result["n_numbers"] for result in found["results"]] == [1, 2]
+    assert [(result["n_entries"], result["n_numbers"]) for result in found["results"]] == [
+        (3, 1), (3, 2), (1, 1)]         # two numbers of one entry cannot be asked for
     assert [point["step"] for point in found["curve"]] == [1, 2]
     assert found["pretraining"]["mixture"] == "fixed" and found["pretraining"]["step"] == 4
     assert found["config"]["test_books"] == 8 and found["parameters"] > 1000
@@ -250,26 +253,70 @@ def test_a_run_leaves_results_a_curve_and_a_checkpoint(run):
 
 def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys):
     before = result_of(run)
-    main(flags(out_dir=run, resume=True, test_books=4))         # nothing of today's defaults
+    main(flags(out_dir=run, resume=True, test_books=4, test_entries=5))     # not today's defaults
     after = result_of(run)
-    assert after["config"] == {**before["config"], "test_books": 4, "resume": True}
-    main(flags(out_dir=run, resume=True, test_books=8))
+    assert after["config"] == {**before["config"], "test_books": 4, "test_entries": [5],
+                               "resume": True}
+    assert after["results"][:3] == before["results"]            # earlier scores are kept
+    assert [result["n_entries"] for result in after["results"][3:]] == [5, 5]
+    main(flags(out_dir=run, resume=True, test_books=8, test_entries="3,1"))
     after = result_of(run)
-    for key in ("results", "curve", "pretraining"):
-        assert after[key] == before[key]
+    assert after["results"][:3] == before["results"] and after["curve"] == before["curve"]
     assert "pretraining: fixed, 4 of 4 steps" in capsys.readouterr().out
-    for name, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5)):
+    for name, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5), ("question", "after")):
         with pytest.raises(SystemExit, match=f"{name} is .* on the command line; drop --{name}"):
             main(flags(out_dir=run, resume=True, **{name: value}))
-    with pytest.raises(SystemExit, match="phonebook.pt exists; score it again with --resume"):
+    with pytest.raises(SystemExit, match="phonebook.pt exists; go on or score it again with"):
         main(flags(**TINY, out_dir=run))
-    with pytest.raises(SystemExit, match="no .*phonebook.pt to score again; drop --resume"):
+    with pytest.raises(SystemExit, match="there is no checkpoint .*elsewhere/phonebook.pt"):
         main(flags(out_dir=run / "elsewhere", resume=True))
+    with pytest.raises(SystemExit, match="is fine-tuned already"):
+        main(flags(**TINY, out_dir=run / "elsewhere", ckpt=run / "phonebook.pt"))
+    (run / "phonebook.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="phonebook.json is not what this program writes"):
+        main(flags(out_dir=run, resume=True))
+    (run / "phonebook.json").write_text(json.dumps(before))
+
+
+def test_fine_tuning_stopped_and_resumed_ends_with_the_same_bits(run, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of the seventh step; a point of the curve is every second one."""
+    settings = {**TINY, "max_steps": 40, "ckpt": run / "ckpt.pt"}
+    main(flags(**settings, out_dir=tmp_path / "whole"))
+    step, n = train.Learner.step, iter(range(100))
+
+    def interrupted(self, *args):
+        if next(n) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.Learner, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(**settings, out_dir=tmp_path / "parts"))
+    assert stopped.value.code == 130
+    assert load_checkpoint(tmp_path / "parts/phonebook.pt")["step"] == 7
+    main(flags(out_dir=tmp_path / "parts", resume=True))
+    whole, parts = (load_checkpoint(tmp_path / name / "phonebook.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+    assert result_of(tmp_path / "whole")["curve"] == result_of(tmp_path / "parts")["curve"]
+    assert result_of(tmp_path / "whole")["results"] == result_of(tmp_path / "parts")["results"]
+
+
+def test_asked_only_after_the_book_the_question_stands_nowhere_else():
+    (prompt, answer), (both, same) = (a_book(3, 8, 2, "test", question)
+                                      for question in ("after", "both"))
+    assert answer == same and both.endswith(prompt) and prompt.startswith("Phonebook:\n")
+    assert prompt.count("What are the phone numbers") == 1 and oracle([prompt], 2) == [answer]
+
+
+def test_validation_and_test_books_are_the_same_for_every_model():
+    args = types.SimpleNamespace(question="both")
+    books = unseen_books(args, 8, 2, 5)
+    assert books == unseen_books(args, 8, 2, 5) != unseen_books(args, 8, 2, 5, "val")
+    assert len({prompt for prompt, _ in books}) == 5
 
 
 def test_a_pretraining_that_is_not_over_says_so(run, tmp_path, capsys):
-    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
-    torch.save({**checkpoint, "step": 3}, tmp_path / "ckpt.pt")
+    train.save_checkpoint(str(tmp_path / "ckpt.pt"), {**load_checkpoint(run / "ckpt.pt"), "step": 3})
     main(flags(**TINY, out_dir=tmp_path))
     assert "pretraining: fixed, 3 of 4 steps" in capsys.readouterr().out
     assert result_of(tmp_path)["pretraining"]["step"] == 3
@@ -328,7 +375,11 @@ def test_answers_are_written_from_what_was_written_before():
     (dict(ckpt="nowhere.pt"), "nowhere.pt"),
     (dict(entries_max=40), "pass --block_size="),
     (dict(entries_min=9), "entries_max is 3; it must be entries_min, 9, or more"),
-    (dict(test_entries_max=100000), "100000 is not from 1 to 90000"),
+    (dict(test_entries="8,100000"), "8,100000 has numbers that are not from 1 to 10000"),
+    (dict(test_entries="many"), "argument --test_entries"),
+    (dict(test_numbers="5"), "test_numbers [5] are all above test_entries [3, 1]"),
+    (dict(lr="inf"), "argument --lr: inf is not from 1e-12 to 100"),
+    (dict(beta2="nan"), "argument --beta2: nan is not from 0 to 0.999999"),
     (dict(numbers_max=-1), "-1 is not from 1"),
     (dict(lr=-1.0), "argument --lr"),
     (dict(cooldown=2.0), "argument --cooldown: 2.0 is not from 0 to 1"),
