@@ -512,22 +512,30 @@ def report(step, arms, loss, accuracy, before, action, predicted):
 @contextmanager
 def claimed(folder, name):
     """The folder is for one process at a time. A lock ends with its process, however that ends."""
+    lock = os.path.join(folder, f".{name}.lock")
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, f".{name}.lock"), "a")
+        file = open(lock, "a")
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out_dir")
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            with suppress(NameError):           # Windows has no fcntl
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.stat(lock), os.fstat(file.fileno()))     # not one just left
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            ours = False
+        if not ours:
             raise ValueError(f"another process is at work in {folder}; wait for it, or choose "
-                             f"another --out_dir") from None
-        except (NameError, OSError):            # Windows, or a file system without locks
-            pass
-        with suppress(FileNotFoundError):       # of a process that was killed
+                             f"another --out_dir")
+        with suppress(OSError):                 # of a process that was killed
             os.remove(os.path.join(folder, f"{name}.part"))
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.remove(lock)
+                os.rmdir(folder)                # if nothing was written there
 
 
 @contextmanager
@@ -695,7 +703,7 @@ class Run:
     def restore(self, saved):
         if saved["data"] != self.data:
             raise ValueError(f"the run's text was {saved['data']}, and --data={self.args.data} is "
-                             f"{self.data}; give it the same, or train on this one in another "
+                             f"{self.data}; give it the same text, or train on this one in another "
                              f"--out_dir with --init_from={self.args.out_dir}/ckpt.pt")
         with fits(os.path.join(self.args.out_dir, "ckpt.pt")):
             self.load(saved)

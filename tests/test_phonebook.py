@@ -79,7 +79,7 @@ Lawin Nazolin: 252-070-2441
 What are the phone numbers for {names}? Find them in the phonebook above."""
     assert answer == "252-070-2441, 713-149-1349, 500-878-5834"
     assert "for Lawin Nazolin? Find" in a_book(1, 4, 1)[0]
-    assert "for Lawin Nazolin and Tamar Omozo? Find" in a_book(1, 4, 2)[0]
+    assert "for Tamar Omozo and Lawin Nazolin? Find" in a_book(1, 4, 2)[0]
 
 
 # ---- books --------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ input ends in one line, and what one adds trains: a setting, a class, a mixer, a
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,8 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model import IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, answer, load_checkpoint
-from objectives import CLASSES, Batches, Corpus, Tokenizer, arms, as_prompt
+from model import (IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, answer, errors_in_one_line,
+                   load_checkpoint)
+from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Tokenizer, arms, as_prompt
 from scheduler import MIXTURES, Birdie, make_scheduler, reward
 from test_model import EMA
 from train import PRESETS, Log, Validation, learning_rate, main, parse_args, save_checkpoint
@@ -342,26 +345,33 @@ def wait_for(condition, seconds=60):
 
 # ---- resuming ----------------------------------------------------------------------------------
 
-def stop_after(n_steps):
-    class Stop:
-        steps = 0
+def signal_in_step(monkeypatch, n, number=signal.SIGINT):
+    """In the middle of the n-th step from now."""
+    step, steps = train.Learner.step, iter(range(1, 1000))
 
-        @property
-        def asked(self):
-            self.steps += 1
-            return self.steps == n_steps
-    return Stop
+    def signalled(self, *args):
+        if next(steps) == n:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+    monkeypatch.setattr(train.Learner, "step", signalled)
 
 
-def resumes_bit_for_bit(text, tmp_path, monkeypatch, n_steps, **settings):
+def resumes_bit_for_bit(text, tmp_path, monkeypatch, capsys, n_steps, **settings):
     """A run stopped after n_steps and resumed ends with the weights of a whole one, and with its
     log but for the clock and the folder's name -> the folder."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     tiny(whole, text, **settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", stop_after(n_steps))
-        with pytest.raises(SystemExit, match=f"after step {n_steps}; go on with: .*--resume"):
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    for number in STOP_SIGNALS if n_steps == 10 else [signal.SIGTERM]:
+        shutil.rmtree(parts, ignore_errors=True)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            signal_in_step(patch, n_steps, number)
             tiny(parts, text, **settings)
+        assert stopped.value.code == 128 + number
+        said = capsys.readouterr().err
+        assert f"after step {n_steps}; go on with: python train.py --out_dir={parts} --res" in said
+        assert sorted(os.listdir(parts)) == ["ckpt.pt", "log.jsonl"]
+    assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]    # as they were
     main(flags(out_dir=parts, resume=True))
     one, two = (checkpoint(path)["model"] for path in (whole, parts))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -373,9 +383,9 @@ def resumes_bit_for_bit(text, tmp_path, monkeypatch, n_steps, **settings):
 
 @pytest.mark.parametrize("mixture, n_steps", [("fixed", 1), ("fixed", 10), ("birdie", 17)])
 def test_a_run_stopped_and_resumed_ends_with_the_same_bits(mixture, n_steps, text, tmp_path,
-                                                           monkeypatch):
+                                                           monkeypatch, capsys):
     """Stopped before, at and after an evaluation; the bandit goes on with what it had chosen."""
-    out_dir = resumes_bit_for_bit(text, tmp_path, monkeypatch, n_steps, mixture=mixture)
+    out_dir = resumes_bit_for_bit(text, tmp_path, monkeypatch, capsys, n_steps, mixture=mixture)
     first, second, _ = (line["arm_share"] for line in evaluations(out_dir))
     assert (first != second) == (mixture == "birdie")
 
@@ -398,7 +408,7 @@ def test_a_signal_to_the_process_group_saves_and_says_how_to_go_on(text, tmp_pat
         os.killpg(run.pid, number)
     for number, (out_dir, run) in runs.items():
         _, printed = run.communicate(timeout=100)
-        assert run.returncode == 1 and f"--out_dir={out_dir} --resume" in printed
+        assert run.returncode == 128 + number and f"--out_dir={out_dir} --resume" in printed
         assert "Traceback" not in printed and checkpoint(out_dir)["step"] > 0
 
 
@@ -419,10 +429,10 @@ def test_a_checkpoint_of_other_classes_is_refused_by_every_command(finished, tmp
     """Its special tokens mean something else here, so its answers would be silently wrong."""
     saved = load_checkpoint(os.path.join(finished, "ckpt.pt"))
     saved["tokenizer"]["classes"] = saved["tokenizer"]["classes"][:-1]
-    torch.save(saved, tmp_path / "ckpt.pt")
+    save_checkpoint(str(tmp_path / "ckpt.pt"), saved)
     for command in (lambda: main(flags(out_dir=tmp_path, resume=True)),
                     lambda: answer([f"--ckpt={tmp_path}/ckpt.pt", "--prompt=x"])):
-        with pytest.raises(SystemExit, match="has the classes .* train anew"):
+        with pytest.raises(SystemExit, match="has the classes .* train anew"), errors_in_one_line():
             command()
 
 
@@ -452,27 +462,196 @@ def test_a_resumed_log_drops_a_torn_line_and_what_will_be_written_again(tmp_path
     assert path.read_text() == '{"step": -1}\n{"step": 9}\n{"step": 19, "loss": 2.0}\n'
 
 
-def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(text, tmp_path):
-    with pytest.raises(SystemExit, match="no longer finite at step .* lower --lr"):
-        tiny(tmp_path, text, lr=1e30, clip=1e30)
+def test_a_run_that_blows_up_stops_at_once_and_keeps_its_last_good_checkpoint(text, tmp_path):
+    with pytest.raises(SystemExit, match="the loss is nan at step 9; .*lower --lr than 100"):
+        tiny(tmp_path, text, lr=100, clip=1e12, max_steps=40, warmup=0, mixture="ntp")
     assert all(p.isfinite().all() for p in checkpoint(tmp_path)["model"].values())
+    with open(tmp_path / "log.jsonl") as file:
+        assert not re.search("NaN|Infinity", file.read())       # JSON has none
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
-    path = str(tmp_path / "ckpt.pt")
-    save_checkpoint(path, {"step": 1})
-    with pytest.raises(ValueError, match="would not load again"):
-        save_checkpoint(path, {"step": np.ones(2)})
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    path, good = str(tmp_path / "ckpt.pt"), dict(model={"w": torch.ones(2)}, model_config={},
+                                                 tokenizer={})
+    save_checkpoint(path, good)
+    before = open(path, "rb").read()
+    for bad, message in ((dict(step=np.ones(2)), "would not load again"),
+                         (dict(step=lambda: 1), "would not load again"),
+                         (dict(model={"w": torch.tensor([math.nan])}), "no longer finite")):
+        with pytest.raises(ValueError, match=message):
+            save_checkpoint(path, {**good, **bad})
+        assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_damaged_checkpoint_is_called_so_wherever_it_is_cut(finished, tmp_path):
+def limited(n_bytes):
+    """No file may grow beyond so many bytes, as on a disk that is full there."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+@pytest.mark.parametrize("n_bytes, file", [(20_000, "ckpt.pt"), (500, "log.jsonl")])
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(n_bytes, file, finished, text, tmp_path):
+    if file == "ckpt.pt":
+        shutil.copy(os.path.join(finished, "ckpt.pt"), tmp_path)
+    command = flags(out_dir=tmp_path, resume=True) if file == "ckpt.pt" else flags(
+        **{**TINY, "data": text, "out_dir": tmp_path})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *command], text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                          env={**ENV, "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]},
+                          preexec_fn=lambda: limited(n_bytes)) as run:
+        last = run.stderr.read().splitlines()[-1]
+    assert run.returncode == 1 and re.match(f"error: .*{file} cannot be written", last)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()
+                      if path.name != "log.jsonl"}
+
+
+def test_damage_anywhere_in_a_checkpoint_is_found(finished, tmp_path):
     good = open(os.path.join(finished, "ckpt.pt"), "rb").read()
-    for cut in (0, 1, 10, 100, 1000, len(good) // 3, len(good) - 1000, len(good) - 1):
-        (tmp_path / "ckpt.pt").write_bytes(good[:cut])
-        with pytest.raises(ValueError, match="damaged"):
+    rng, third = np.random.default_rng(0), len(good) // 3
+    damaged = [good[:cut] for cut in (0, 1, 10, 100, 1000, third, len(good) - 1)]
+    damaged += [good[:third] + bytes(100) + good[third + 100:], good[third:] + good[:third]]
+    for at in rng.integers(len(good), size=50):
+        damaged.append(bytearray(good))
+        damaged[-1][at] ^= 1 << rng.integers(8)
+    for content in damaged:
+        (tmp_path / "ckpt.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged, or no checkpoint of this version"):
             checkpoint(tmp_path)
+
+
+def test_what_is_intact_and_cannot_be_read_is_not_called_damaged(finished, tmp_path, monkeypatch):
+    (tmp_path / "ckpt.pt").mkdir()
+    with pytest.raises(ValueError, match="cannot be read here, and may be intact .*directory"):
+        checkpoint(tmp_path)
+
+    def short(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "load", short)
+    with pytest.raises(ValueError, match="may be intact .*can't allocate memory"):
+        checkpoint(finished)
+
+
+def test_a_checkpoint_that_does_not_fit_the_code_says_so_in_one_line(finished, tmp_path):
+    saved, path = checkpoint(finished), str(tmp_path / "ckpt.pt")
+    del saved["model"]["norm.weight"]
+    save_checkpoint(path, saved)
+    with pytest.raises(SystemExit, match="ckpt.pt does not fit this code.*norm.weight"):
+        main(flags(out_dir=tmp_path, resume=True))
+    with pytest.raises(ValueError, match="ckpt.pt does not fit this code.*norm.weight"):
+        LM.load(path)
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"a": 1}', '{"step": null}', "garbage", "", "NaN"])
+def test_a_damaged_log_is_named_with_the_line(line, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    with open(tmp_path / "out/log.jsonl") as file:
+        lines = file.readlines()
+    (tmp_path / "out/log.jsonl").write_text("".join([lines[0], line + "\n", *lines[1:]]))
+    with pytest.raises(SystemExit, match="log.jsonl line 2 is not of a log: .*remove it"):
+        main(flags(out_dir=tmp_path / "out", resume=True))
+    assert (tmp_path / "out/log.jsonl").read_text().count("\n") == len(lines) + 1
+
+
+def test_only_one_process_at_a_time_has_a_folder(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {ROOT!r})
+import train
+with train.claimed({str(tmp_path / "out")!r}, "ckpt.pt"):
+    print("mine", flush=True); sys.stdin.read()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"mine\n"
+    (tmp_path / "out/ckpt.pt.part").write_text("of a process that was killed")
+    for settings in (dict(resume=True), {**TINY, "data": __file__}):
+        with pytest.raises(SystemExit, match="another process is at work in .*out; wait for it"):
+            main(flags(out_dir=tmp_path / "out", **settings))
+    holder.kill()
+    holder.wait()
+    main(flags(out_dir=tmp_path / "out", resume=True))          # the lock went with its process
+    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "log.jsonl"]
+
+
+def test_a_worker_that_is_killed_costs_nothing(text, tmp_path, monkeypatch, capsys):
+    tiny(tmp_path / "whole", text, workers=0)
+    step, steps = train.Learner.step, iter(range(1000))
+
+    def killing(self, *args):
+        if next(steps) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return step(self, *args)
+    monkeypatch.setattr(train.Learner, "step", killing)
+    tiny(tmp_path / "killed", text, workers=2)
+    assert "batches are made without any from now" in capsys.readouterr().out
+    one, two = (checkpoint(tmp_path / name)["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_where_torch_compile_fails_the_run_goes_on_without(text, tmp_path, monkeypatch, capsys):
+    def compile(model, **_):
+        def call(*_):
+            raise torch._dynamo.exc.BackendCompilerFailed(compile, OSError("file too short"), None)
+        return call
+    tiny(tmp_path / "plain", text, max_steps=3)
+    monkeypatch.setattr(torch, "compile", compile)
+    tiny(tmp_path / "failed", text, max_steps=3, compile="yes")
+    assert re.search("compile  no: it failed .*file too short", capsys.readouterr().out)
+    one, two = (checkpoint(tmp_path / name)["model"] for name in ("plain", "failed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_stdout_cannot_show_is_escaped(finished):
+    run = subprocess.run([sys.executable, os.path.join(ROOT, "model.py"), "--prompt=\u20ac",
+                          f"--ckpt={finished}/ckpt.pt", "--max_new_tokens=2"], text=True,
+                         capture_output=True, env={**ENV, "PYTHONIOENCODING": "latin-1"})
+    assert run.returncode == 0 and run.stdout.startswith("\\u20ac") and not run.stderr
+
+
+# ---- text and vocabulary -----------------------------------------------------------------------
+
+def test_another_text_of_the_same_size_is_noticed_and_a_moved_one_is_not(text, tmp_path):
+    one, out_dir = tmp_path / "one.txt", tmp_path / "out"
+    shutil.copy(text, one)
+    tiny(out_dir, str(one), max_steps=3)
+    one.rename(tmp_path / "moved.txt")
+    main(flags(out_dir=out_dir, resume=True, data=tmp_path / "moved.txt"))
+    stat, content = os.stat(tmp_path / "moved.txt"), one.with_name("moved.txt").read_text()
+    one.write_text(content.swapcase())
+    os.utime(one, ns=(stat.st_atime_ns, stat.st_mtime_ns))      # the same size and time
+    with pytest.raises(SystemExit, match="give it the same text, or train on this .*--init_from="):
+        main(flags(out_dir=out_dir, resume=True, data=one))
+
+
+def test_a_checkpoint_holds_its_vocabulary(text, tmp_path, capsys):
+    """An edited or lost .tiktoken file changes no answer."""
+    shutil.copy(os.path.join(ROOT, "assets", "bpe2048.tiktoken"), tmp_path / "own.tiktoken")
+    tiny(tmp_path / "out", text, max_steps=3, tokenizer=tmp_path / "own.tiktoken")
+    ask = [f"--ckpt={tmp_path}/out/ckpt.pt", "--prompt=def main", "--max_new_tokens=4"]
+    capsys.readouterr()
+    answer(ask)
+    before = capsys.readouterr().out
+    lines = (tmp_path / "own.tiktoken").read_text().splitlines()
+    ranks = [line.split()[1] for line in lines]
+    other = [f"{line.split()[0]} {rank}" for line, rank in zip(lines[::-1], ranks)]
+    (tmp_path / "own.tiktoken").write_text("\n".join(other))
+    answer(ask)
+    assert capsys.readouterr().out == before
+    (tmp_path / "own.tiktoken").unlink()
+    main(flags(out_dir=tmp_path / "out", resume=True))
+    capsys.readouterr()
+    answer(ask)
+    assert capsys.readouterr().out == before
+
+
+def test_a_run_begins_with_the_weights_of_another_on_other_text(finished, tmp_path, capsys):
+    tiny(tmp_path, os.path.join(ROOT, "train.py"), max_steps=1, lr=1e-9,
+         init_from=f"{finished}/ckpt.pt", n_layer=2)
+    one, two = checkpoint(finished), checkpoint(tmp_path)
+    assert two["data"] != one["data"] and two["step"] == 1
+    assert all(torch.allclose(one["model"][key], two["model"][key], atol=1e-7)
+               for key in one["model"])
+    with pytest.raises(SystemExit, match="ckpt.pt does not fit this code"):
+        tiny(tmp_path / "new", __file__, init_from=f"{finished}/ckpt.pt", n_layer=3)
+    main(flags(out_dir=finished, resume=True))
+    assert "it is finished: only its last evaluation is repeated" in capsys.readouterr().out
 
 
 # ---- what one adds -----------------------------------------------------------------------------
@@ -496,10 +675,10 @@ class TakeTurns:
 
 @pytest.mark.parametrize("added", (dict(mixture="turns"), dict(arch="ema")), ids=str)
 def test_a_scheduler_in_mixtures_or_a_mixer_in_mixers_trains_and_resumes(added, text, tmp_path,
-                                                                         monkeypatch):
+                                                                         monkeypatch, capsys):
     monkeypatch.setitem(MIXTURES, "turns", TakeTurns)
     monkeypatch.setitem(MIXERS, "ema", EMA)
-    out_dir = resumes_bit_for_bit(text, tmp_path, monkeypatch, 12, **added)
+    out_dir = resumes_bit_for_bit(text, tmp_path, monkeypatch, capsys, 12, **added)
     first, *_, last = found = evaluations(out_dir)
     assert last["mean_loss"] < first["mean_loss"]
     if "mixture" in added:
@@ -580,9 +759,10 @@ def test_a_person_can_try_a_trained_model(cls, finished, capsys):
 
 @pytest.mark.parametrize("wrong, remedy", [
     ("--objective=infilling", "___"), ("--ckpt=/no", "train one"), ("--nothing", "--help"),
-    ("--objective=copy", "copying"), ("--temperature=-1", "0 or more")])
+    ("--objective=copy", "copying"), ("--temperature=-1", "argument --temperature: -1 is not from 0"),
+    ("--temperature=nan", "argument --temperature: nan"), ("--max_new_tokens=0", "from 1 to")])
 def test_a_wrong_prompt_ends_in_one_line(wrong, remedy, finished):
-    with pytest.raises(SystemExit, match=f"^error: .*{remedy}"):
+    with pytest.raises(SystemExit, match=f"^error: .*{remedy}"), errors_in_one_line():
         answer([f"--ckpt={finished}/ckpt.pt", "--prompt=no gap", wrong])
 
 
@@ -616,7 +796,7 @@ BAD = [
     (dict(max_steps=0), "from 1"), (dict(lr="nan"), "from 1e-12"), (dict(beta2=1.0), "to 0.999999"),
     (dict(lr="fast"), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="taken"), "--resume"),
     (dict(out_dir="/dev/null/x"), "--out_dir"), (dict(out_dir="nothing", resume=True), "--out_dir"),
-    (dict(out_dir="cut", resume=True), "damaged"), (dict(out_dir="other", resume=True), "lacks"),
+    (dict(out_dir="cut", resume=True), "damaged"), (dict(out_dir="other", resume=True), "no checkpoint of this"),
     (dict(out_dir="hostile", resume=True), "damaged"),
 ]
 
