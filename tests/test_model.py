@@ -335,6 +335,22 @@ def test_gates_and_scan_stay_in_float32_under_autocast(arch, monkeypatch):
     assert types == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("arch", MIXERS)
+def test_weights_of_half_precision_train_and_decode(arch, dtype):
+    model = small(arch)
+    tokens, reset, _ = packed_batch(0, 2)
+    targets = tokens.roll(-1, 1)
+    full, loss = (model(tokens, reset, targets)[k].detach() for k in (0, 1))
+    half = model.to(dtype)
+    logits, half_loss = half(tokens, reset, targets)
+    half_loss.backward()
+    assert logits.dtype == dtype and abs(half_loss - loss) < 0.02 * loss
+    assert (logits - full).abs().max() < 0.1 * full.abs().max()
+    assert all(p.grad.isfinite().all() for p in half.parameters())
+    assert len(half.generate([([1, 2, 3], [4])], 5)[0]) == 5
+
+
 @pytest.mark.parametrize("arch", MIXERS)
 def test_parameter_groups_hold_every_parameter_once_and_spare_gates_and_norms(arch):
     model = small(arch)

@@ -5,6 +5,7 @@ builds quickly, alone or beside other processes, or says in one line why not.
 """
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import re
@@ -155,6 +156,26 @@ def test_a_gate_of_zero_isolates_both_sides_bit_for_bit(device):
                 assert not torch.equal(u[:, other], v[:, other])
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_not_even_an_infinity_crosses_a_reset(device, reverse, value, monkeypatch):
+    """In h of the samples after it, in dx of those before it, in any chunk."""
+    a, x, g = torch.rand(2, 90, 40), torch.randn(2, 90, 40), torch.randn(2, 90, 40)
+    for t in (30, 60):                          # three samples, the bad one in the middle
+        a[:, t - reverse] = 0
+    bad = slice(30, 60)
+    for chunk in (90, 16, 7):
+        monkeypatch.setattr(S, "divide", lambda x: (chunk, 40) if not x.is_cuda else (chunk, 1))
+        want = with_gradients(S.scan_loop, a, x, g, reverse, dtype=torch.float64)
+        x_bad, g_bad = x.clone(), g.clone()
+        x_bad[:, 45], g_bad[:, 45] = value, value
+        h, _, dx = with_gradients(S.scan, a, x_bad, g_bad, reverse, device)
+        for u, v in ((h, want[0]), (dx, want[2]), (S.scan_loop(a, x_bad, reverse), want[0])):
+            assert not u[:, bad].isfinite().all()
+            for sample in (slice(0, 30), slice(60, 90)):
+                assert_close([u[:, sample]], [v[:, sample]])
+
+
 def test_threads_and_repetition_change_no_bit(device):
     case = torch.rand(3, 2, 300, 700)                           # a, x, g
     first = with_gradients(S.scan, *case, False, device)
@@ -271,6 +292,20 @@ def test_four_processes_build_at_once_despite_stale_locks_and_the_next_starts_qu
     begin = time.perf_counter()
     assert build(monkeypatch, tmp_path)[0] == "cpp" and time.perf_counter() - begin < 1
     assert [path.name for path in tmp_path.glob("*.so")] == [library.name]
+
+
+def test_a_damaged_build_is_built_again(tmp_path, monkeypatch):
+    """Loading half a library would end the process with a bus error."""
+    build(monkeypatch, tmp_path)
+    assert S.load(torch.device("cpu"))[0] == "cpp"
+    library, = tmp_path.glob("birdie_scan_*.so")
+    whole = library.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", whole[:5000] + b"x" + whole[5001:]):
+        library.write_bytes(content)
+        S.load.cache_clear()
+        assert S.load(torch.device("cpu"))[0] == "cpp"
+        with open(library, "rb") as file:
+            assert S.is_sealed(file)
 
 
 def test_a_compiler_of_two_words_and_one_without_openmp_build(tmp_path, monkeypatch):
