@@ -368,7 +368,7 @@ def keep_others(path, results):
             earlier = {key(result): result for result in json.load(file)["results"]}
     except FileNotFoundError:
         earlier = {}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         raise ValueError(f"{path} is not what this program writes; move it away")
     return [*{**earlier, **{key(result): result for result in results}}.values()]
 

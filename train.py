@@ -164,6 +164,8 @@ def resumed(parser, argv, config, path, may_change):
 
 def settle(args):
     """Decide what was left to this machine, and say why."""
+    if " " in os.environ.get("CXX", ""):        # "ccache g++", of which torch.compile knows nothing
+        os.environ["CXX"] = shlex.split(os.environ["CXX"])[-1]
     kind, _, index = args.device.partition(":")
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in has or (index and not (kind == "cuda" and index.isdigit())):
@@ -194,7 +196,7 @@ def settle(args):
     reason = "as given"
     if args.compile == "auto":
         compiler = (find_spec("triton") if on_gpu else kind == "cpu" and
-                    shutil.which(shlex.split(cpp_extension.get_cxx_compiler())[0]))
+                    shutil.which(cpp_extension.get_cxx_compiler()))
         short = args.max_steps * args.batch_size * args.block_size < 2_000_000
         args.compile = "no" if short or not compiler else "yes"
         reason = ("the run is over before it pays" if short else "the first step takes about 20 s"
@@ -595,7 +597,7 @@ class Log:
                     try:
                         if json.loads(line)["step"] >= resume_at:
                             break
-                    except (KeyError, TypeError, ValueError):
+                    except (KeyError, RecursionError, TypeError, ValueError):
                         raise ValueError(f"{path} line {number} is not of a log: {line[:50]!r}; "
                                          f"mend or remove it")
                     end += len(line)
@@ -715,6 +717,8 @@ class Run:
                           for name, like in self.model.state_dict().items()}
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         for weight, of_weight in zip(weights, moments):
+            if {t.shape for t in of_weight.values() if t.ndim} - {weight.shape}:
+                raise RuntimeError("AdamW's numbers have other shapes than the weights")
             of_weight.update({name: spread(t, weight) for name, t in of_weight.items()})
         for name, part in self.parts.items():
             if name in saved:           # the scaler is not in a checkpoint from before float16

@@ -25,7 +25,7 @@ def read(path):
         title = f"{config['mixture']}, {config['arch']}, seed {config['seed']}"
         columns = {name: [line[name] for line in evaluations] for name in evaluations[0]
                    if name == "step" or name.split("_")[0] in PANELS}
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no log of train.py ({type(error).__name__}: {error}); "
                          f"pass the log.jsonl of a run")
     return title, columns
