@@ -83,7 +83,7 @@ def parse_args(argv):
          help="asked before and after the book, or only after it")
     flag("--test_entries", default=[4, 8, 16, 32], type=counts, help="entries of test books")
     flag("--test_numbers", default=[1], type=counts, help="numbers asked for in test books")
-    flag("--test_books", default=512, help="for each of these numbers of entries and numbers")
+    flag("--test_books", default=512, help="for each of both; 0: no test")
     flag("--max_steps", default=1600, help="steps of fine-tuning")
     flag("--batch_size", default=8, help="rows in a step")
     flag("--block_size", default=384, help="tokens in a row")
@@ -103,6 +103,9 @@ def parse_args(argv):
     if args.causal and args.scratch == "none":
         raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop "
                          "--causal: a checkpoint knows what it is")
+    if min(args.test_numbers) > max(args.test_entries):
+        raise ValueError(f"test_numbers {args.test_numbers} are all above test_entries "
+                         f"{args.test_entries}; pass smaller ones")
     if args.entries_max < args.entries_min:
         raise ValueError(f"entries_max is {args.entries_max}; it must be entries_min, "
                          f"{args.entries_min}, or more")
@@ -337,7 +340,7 @@ def finetune_and_score(args, saved, tuned, stop):
 
     respond, results = responder(model, tok, args), []
     for n_entries, n in itertools.product(args.test_entries, args.test_numbers):
-        if n <= n_entries:
+        if n <= n_entries and args.test_books:
             books = unseen_books(args, n_entries, n, args.test_books)
             result = dict(n_entries=n_entries, **score(respond, books))
             results.append(result)
@@ -345,10 +348,7 @@ def finetune_and_score(args, saved, tuned, stop):
             print(f"{n:3d} number{'s' * (n > 1)} of {n_entries} entries: {result['digits']:.1%} of "
                   f"digits right (95% interval {low:.1%} to {high:.1%}; chance 10%), "
                   f"{result['exact']:.1%} of numbers exact")
-    if not results:
-        raise ValueError(f"test_numbers {args.test_numbers} are all above test_entries "
-                         f"{args.test_entries}; pass smaller ones")
-    show_example(respond, *unseen_books(args, args.test_entries[0], results[0]["n_numbers"], 1)[0])
+    show_example(respond, *unseen_books(args, args.entries_max, 1, 1)[0])
     path = os.path.join(args.out_dir, "phonebook.json")
     found = dict(config=vars(args), pretraining=pretraining, parameters=model.n_parameters(),
                  results=keep_others(path, results), curve=curve,

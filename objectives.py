@@ -154,6 +154,7 @@ PACKAGES = """numpy tqdm tiktoken regex requests urllib3 certifi charset-normali
     pluggy iniconfig packaging pygments torch sympy mpmath networkx jinja2 markupsafe fsspec
     filelock typing_extensions setuptools""".split()
 PACKAGE_TEXT = {".py", ".pyi", ".h", ".hpp", ".csv", ".md", ".txt", ".rst", ".json"}
+TABLES_IN_MIXED = 53        # makes half of its tokens
 JSON_LINES = {".jsonl", ".ndjson"}
 MARKUP = {".csv", ".tsv", ".json", ".html", ".xml", ".parquet", ".ipynb"}   # read as it stands
 
@@ -175,6 +176,8 @@ def find_files(data: str) -> list[Path]:
         files = package_files()
     elif data == "tables":
         files = sorted(Path(np.__file__).parent.rglob("*.csv"))
+    elif data == "mixed":
+        files = package_files() + TABLES_IN_MIXED * find_files("tables")
     elif data == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in sorted(path.rglob("*.py"))
@@ -189,7 +192,7 @@ def find_files(data: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
-            f"folder, tables (numpy's), stdlib (Python's) or packages (what pip installed)")
+            f"folder, tables (numpy's), stdlib (Python's), packages (what pip installed) or mixed")
     return files
 
 
@@ -273,8 +276,8 @@ class Corpus:
 
     data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
     (train.bin and val.bin, uint16), tables (the hexadecimal numbers that numpy brings for its own
-    tests: what stands there cannot be guessed, only looked up), stdlib (Python's source) or
-    packages (the text of what pip installed beside us). Text is tokenised once, into nanoGPT's
+    tests: what stands there cannot be guessed, only looked up), stdlib (Python's source), packages
+    (the text of what pip installed beside us) or mixed (these and, as much again, tables). Text is tokenised once, into nanoGPT's
     format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache. size: tokens of each split;
     fingerprint: a digest of text and vocabulary, wherever they lie. Unusable data raise ValueError
     or FileNotFoundError.

@@ -134,6 +134,16 @@ def uniform(arms):
     return np.ones(len(arms))
 
 
+def no_copying(arms):
+    """`fixed` without the two classes that practise copying: are they what helps?"""
+    return class_weights(arms) * ["copying" not in arm.cls for arm in arms]
+
+
+def ntp_copying(arms):
+    """Half next token prediction, half copying."""
+    return split(arms, (0.5, "next_token_prediction", {}), (0.5, "copying", {}))
+
+
 class FixedMixture:
     """A scheduler that never changes its mind."""
 
@@ -294,6 +304,8 @@ MIXTURES = {
     "ul2": partial(FixedMixture, ul2),
     "fixed": partial(FixedMixture, fixed),
     "uniform": partial(FixedMixture, uniform),
+    "no-copying": partial(FixedMixture, no_copying),
+    "ntp-copying": partial(FixedMixture, ntp_copying),
     "birdie": Birdie,
     "birdie-causal": Birdie,        # on a model without bidirectional blocks, which train.py makes
 }

@@ -1,20 +1,23 @@
-"""The phone book, from nothing: pretrain, fine-tune and score every run, then draw figure 1.
+"""The phone book, from nothing: pretrain, fine-tune at three rates, score the best, draw figure 1.
 
-    python experiments/figure1.py                       all 40 runs, as many at a time as cores
-    python experiments/figure1.py --only='gated_ssm-birdie-?,gated_ssm-ntp-?'      some of them
+    python experiments/figure1.py                       every run, as many at a time as cores
+    python experiments/figure1.py --only='gated_ssm-birdie-1,gated_ssm-ntp-1'       some of them
     python experiments/figure1.py draw experiments/figure1.json OUT.png       what was measured
 
-A run is named ARCHITECTURE-PRETRAINING-SEED and has a folder in --out_dir, with the files of
-train.py and eval_phonebook.py, and log.txt, which holds all that they print. The same command goes
-on where an earlier one stopped and leaves alone what is done. After each run figure1.json holds all
-that are there; at the end come a markdown table and figure1.png.
+A run is named ARCHITECTURE-PRETRAINING-SEED. Its folder in --out_dir holds ckpt.pt, a folder for
+each rate of fine-tuning, and log.txt with all that was printed. The rate with the most digits right
+on validation books is scored on test books. The same command goes on where an earlier one stopped
+and leaves alone what is done. After each run figure1.json holds all that are there; at the end come
+a markdown table and figure1.png.
 
 The number of threads changes how sums are rounded, and so the result; with several, the same
 command need not give it twice. The runs of experiments/figure1.json had one thread each.
 """
+import ctypes
 import fnmatch
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,30 +26,41 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import eval_phonebook                   # before torch: it sets how threads wait
+import train                            # before torch: it sets how threads wait
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import command_line
+from model import command_line, errors_in_one_line
 
 ARCHITECTURES = {"gated_ssm": "Gated SSM", "hawk": "Hawk", "transformer": "Transformer"}
-PRETRAINING = {                         # --mixture of train.py, or none: its name, color and width
-    "birdie": ("Birdie", "C0", 2.8), "ntp": ("next token prediction", "C3", 2.8),
-    "birdie-causal": ("Birdie, causal", "C9", 1.2), "fixed": ("fixed mixture", "C2", 1.2),
-    "ul2": ("UL2", "C1", 1.2), "none": ("none", "0.35", 1.2),
-    "none-causal": ("none, causal", "0.6", 1.2)}
-RUNS = {f"{arch}-{mixture}-{seed}": (arch, mixture, seed) for arch, mixture, seed in (
-    *((arch, mixture, seed) for arch in ("gated_ssm", "hawk") for seed in (1, 2, 3)
-      for mixture in ("birdie", "ntp", "birdie-causal", "none", "none-causal", "fixed")),
-    *((arch, "ul2", 1) for arch in ("gated_ssm", "hawk")),
-    *(("transformer", mixture, 1) for mixture in ("birdie", "ntp")))}
+NO_FOCUS = ["--mixture=birdie", "--focus=none"]
+PRETRAINING = {                         # its flags, its name, color and width
+    "birdie": (["--mixture=birdie"], "Birdie", "C0", 2.8),
+    "ntp": (["--mixture=ntp"], "next token prediction", "C3", 2.8),
+    "none": (None, "none", "0.35", 2.8),
+    "no-focus": (NO_FOCUS, "Birdie, no focus", "C4", 1.2),
+    "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal", "C9", 1.2),
+    "fixed": (["--mixture=fixed"], "fixed mixture", "C2", 1.2),
+    "no-copying": (["--mixture=no-copying"], "fixed, no copying", "C8", 1.2),
+    "ntp-copying": (["--mixture=ntp-copying"], "next token, copying", "C6", 1.2),
+    "ul2": (["--mixture=ul2"], "UL2", "C1", 1.2)}
+RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
+    *(("gated_ssm", kind, seed) for seed in (1, 2, 3)
+      for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
+    *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
+    *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
+SIZES = {                               # flags of pretraining; rates of fine-tuning; test books
+    "cpu": (["--data=mixed", "--block_size=256", "--max_steps=12000", "--eval_rows=2"],
+            (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]),
+    "gpu": (["--preset=gpu"], (1e-4, 3e-4, 1e-3),
+            ["--test_entries=50,100,200,400", "--test_books=1024"])}
 
 
 def parse_args(argv):
     parser, flag = command_line("python experiments/figure1.py [--FLAG=VALUE ...]")
     flag("--out_dir", default="figure1", help="a folder for each run, figure1.json, figure1.png")
-    flag("--preset", default="cpu", choices=eval_phonebook.PRESETS, help="size of models and books")
+    flag("--preset", default="cpu", choices=SIZES, help="size of models and books")
     flag("--only", default="*", help="runs that match a pattern; several, with commas")
     flag("--jobs", default=1 if torch.cuda.is_available() else cores(),
          help="runs at a time; they share the cores")
@@ -66,18 +80,51 @@ def cores():
 # ---- running what is missing ---------------------------------------------------------------------
 
 def commands(name, folder, preset):
-    """What is left to do of a run: [[program, flag, ...]]."""
-    arch, mixture, seed = RUNS[name]
-    there = os.listdir(folder)
-    common = [f"--seed={seed}", f"--out_dir={folder}", "--workers=0"]
-    score = ["eval_phonebook.py", f"--preset={preset}", *common]
-    if "phonebook.pt" in there:
-        return [[*score, "--resume"]]
-    if mixture.startswith("none"):
-        return [[*score, f"--scratch={arch}"] + ["--causal"] * mixture.endswith("causal")]
-    pretrain = ["train.py", f"--preset={eval_phonebook.PRETRAINING[preset]}", f"--arch={arch}",
-                f"--mixture={mixture}", *common]
-    return [pretrain + ["--resume"] * ("ckpt.pt" in there), score]
+    """A run's programs with their flags, one after the other; those that are done are left out."""
+    arch, kind, seed = RUNS[name]
+    pretraining, rates, books = SIZES[preset]
+    common = [f"--seed={seed}", "--workers=0"]
+    source = [f"--ckpt={folder}/ckpt.pt"]
+    if kind == "none":
+        source = [f"--scratch={arch}"]
+    elif not any(read(f"{folder}/{rate}/phonebook.json") for rate in rates):
+        # repeats the last evaluation of a run that is over
+        there = os.path.exists(f"{folder}/ckpt.pt")
+        yield ["train.py", *pretraining, f"--arch={arch}", f"--out_dir={folder}",
+               *PRETRAINING[kind][0], *common, *["--resume"] * there]
+    for rate in rates:
+        out_dir = f"{folder}/{rate}"
+        if not read(f"{out_dir}/phonebook.json"):
+            there = os.path.exists(f"{out_dir}/phonebook.pt")
+            yield ["eval_phonebook.py", f"--preset={preset}", *source, f"--lr={rate}",
+                   f"--out_dir={out_dir}", "--test_books=0", *common, *["--resume"] * there]
+    best = max(rates, key=lambda rate: validation(read(f"{folder}/{rate}/phonebook.json")))
+    yield ["eval_phonebook.py", f"--out_dir={folder}/{best}", "--resume", *books]
+
+
+def read(path):
+    """A result of eval_phonebook.py, or None."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        try:
+            found = json.load(file)
+            found["curve"][-1]["digits"], found["results"], found["config"]["lr"]
+        except (IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no result of eval_phonebook.py ({type(error).__name__}); "
+                             f"remove it")
+    return found
+
+
+def validation(found):
+    """What a rate is chosen by: digits right on validation books at the end."""
+    return found["curve"][-1]["digits"]
+
+
+def end_with_parent():
+    """A child of a process that is killed gets SIGTERM (Linux), and saves."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def run_one(name, args, threads):
@@ -89,7 +136,8 @@ def run_one(name, args, threads):
         tqdm.write(f"{name} writes {log.name}")
         for program, *flags in commands(name, folder, args.preset):
             begin, command = time.time(), [sys.executable, os.path.join(ROOT, program), *flags]
-            code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment,
+                                  preexec_fn=end_with_parent).returncode
             if code:
                 log.seek(0)
                 *_, last = "?", *(line.strip() for line in log if line.strip())
@@ -101,7 +149,7 @@ def run_one(name, args, threads):
 
 def run_missing(args):
     """Make what --only asks for and is not there -> the results of all that are there."""
-    there = {"{arch}-{mixture}-{seed}".format(**run) for run in collect(args)}
+    there = {"{arch}-{pretrained}-{seed}".format(**run) for run in collect(args)}
     wanted = [name for name in RUNS if any(fnmatch.fnmatch(name, each) for each in args.only)]
     missing = [name for name in wanted if name not in there]
     jobs = max(1, min(args.jobs, len(missing)))
@@ -119,62 +167,71 @@ def run_missing(args):
 
 
 def collect(args):
-    """The results that are there -> figure1.json; ValueError where one has other settings."""
-    preset, _ = eval_phonebook.parse_args([f"--preset={args.preset}", f"--out_dir={os.devnull}"])
+    """The results that are there, of each run at its best rate -> figure1.json."""
+    _, rates, (entries, books) = SIZES[args.preset]
+    n_entries, n_books = entries.split("=")[1].split(","), int(books.split("=")[1])
     found = []
-    for name, (arch, mixture, seed) in RUNS.items():
-        path = os.path.join(args.out_dir, name, "phonebook.json")
-        if not os.path.exists(path):
-            continue
-        with open(path) as file:
-            result = json.load(file)
-        for key in eval_phonebook.PRESETS["paper"]:             # names all that depends on size
-            was, now = result["config"][key], getattr(preset, key)
-            if was != now:
-                raise ValueError(f"{path} has {key} {was}, preset {args.preset} has {now}; remove "
-                                 f"it and phonebook.pt beside it, or choose another --out_dir")
-        found.append(dict(arch=arch, mixture=mixture, seed=seed, **result))
+    for name, (arch, kind, seed) in RUNS.items():
+        tried = [read(os.path.join(args.out_dir, name, str(rate), "phonebook.json"))
+                 for rate in rates]
+        best = max(tried, key=validation) if all(tried) else dict(results=())
+        best["results"] = [each for each in best["results"] if each["books"] == n_books]
+        if len(best["results"]) >= len(n_entries):
+            chosen_from = {each["config"]["lr"]: validation(each) for each in tried}
+            found.append(dict(arch=arch, pretrained=kind, seed=seed, tried=chosen_from, **best))
     os.makedirs(args.out_dir, exist_ok=True)
-    path = os.path.join(args.out_dir, "figure1.json")
-    with open(path + ".part", "w") as file:
+    with (train.replacing(os.path.join(args.out_dir, "figure1.json")) as part,
+          open(part, "w") as file):
         json.dump(found, file, indent=1)
-    os.replace(path + ".part", path)
     return found
 
 
 # ---- what came out -------------------------------------------------------------------------------
 
 def load(path):
-    """A figure1.json; an earlier version's will do."""
-    with open(path) as file:
-        found = json.load(file)
-    needed = {"arch", "mixture", "seed", "results", "curve"}
-    if not (isinstance(found, list) and found and all(needed <= set(run) for run in found)):
+    """A figure1.json."""
+    needed = {"arch", "pretrained", "seed", "results", "curve", "config"}
+    try:
+        with open(path) as file:
+            found = json.load(file)
+        right = found and all(needed <= set(run) for run in found)
+    except (RecursionError, TypeError, ValueError):
+        right = False
+    if not right:
         raise ValueError(f"{path} is no list of phone book results; pass a figure1.json")
     return found
 
 
 def by_arm(found):
     """{(architecture, pretraining): its runs}, in the order of the legend."""
-    arms = {(arch, mixture): [] for arch in ARCHITECTURES for mixture in PRETRAINING}
+    arms = {(arch, kind): [] for arch in ARCHITECTURES for kind in PRETRAINING}
     for run in found:
-        arms[run["arch"], run["mixture"]].append(run)
+        arms[run["arch"], run["pretrained"]].append(run)
     return {arm: runs for arm, runs in arms.items() if runs}
+
+
+def reached(run, share):
+    """The first step of the curve with so many of the digits right."""
+    steps = [point["step"] for point in run["curve"] if point["digits"] >= share]
+    return f"{steps[0]:,}" if steps else "-"
 
 
 def show_table(found):
     """Markdown; a value for each seed."""
-    print("\n| model | pretraining | seeds | numbers asked | digits right | numbers exact | "
-          "steps until half of the digits are right |\n" + "|---" * 7 + "|")
-    for (arch, mixture), runs in by_arm(found).items():
-        half = [[p["step"] for p in run["curve"] if p["digits"] >= 0.5] for run in runs]
-        steps = ", ".join(f"{step[0]:,}" if step else "not reached" for step in half)
-        seeds = ", ".join(str(run["seed"]) for run in runs)
-        for same in zip(*(run["results"] for run in runs)):
-            digits, exact = (", ".join(f"{result[key]:.1%}" for result in same)
-                             for key in ("digits", "exact"))
-            print(f"| {ARCHITECTURES[arch]} | {PRETRAINING[mixture][0]} | {seeds} | "
-                  f"{same[0]['n_numbers']} | {digits} | {exact} | {steps} |")
+    entries = sorted({each["n_entries"] for run in found for each in run["results"]
+                      if each["n_numbers"] == 1})
+    print("\n| model | pretraining | seeds | rate | steps to 50%, 90% | "
+          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (5 + len(entries)) + "|")
+    for (arch, kind), runs in by_arm(found).items():
+        cells = [ARCHITECTURES[arch], PRETRAINING[kind][1],
+                 ", ".join(str(run["seed"]) for run in runs),
+                 ", ".join(f"{run['config']['lr']:g}" for run in runs),
+                 "; ".join(f"{reached(run, 0.5)}, {reached(run, 0.9)}" for run in runs)]
+        for n in entries:
+            digits = [each["digits"] for run in runs for each in run["results"]
+                      if (each["n_entries"], each["n_numbers"]) == (n, 1)]
+            cells.append(", ".join(f"{share:.1%}" for share in digits))
+        print("| " + " | ".join(cells) + " |")
 
 
 def plot(found, picture):
@@ -186,26 +243,29 @@ def plot(found, picture):
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib, then draw again")
     archs = [arch for arch in ARCHITECTURES if any(run["arch"] == arch for run in found)]
-    rows = [("curve", "step", "step of fine-tuning")]
-    if any(len(run["results"]) > 1 for run in found):
-        rows.append(("results", "n_numbers", "numbers asked for"))
-    size = 2.6 + 3.4 * len(archs), 3.6 * len(rows)
-    figure, axes = plt.subplots(len(rows), len(archs), figsize=size, layout="constrained",
-                                squeeze=False, sharex="row", sharey=True)
+    figure, axes = plt.subplots(len(archs), 2, figsize=(9.5, 0.4 + 3.6 * len(archs)),
+                                layout="constrained", squeeze=False, sharex="col", sharey=True)
     lines = {}
-    for (arch, mixture), runs in by_arm(found).items():
-        label, color, width = PRETRAINING[mixture]
-        for axis, (series, x, xlabel) in zip(axes[:, archs.index(arch)], rows):
-            values = np.array([[point["digits"] for point in run[series]] for run in runs])
-            at = [point[x] for point in runs[0][series]]
-            lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, zorder=1 + width)
+    for (arch, kind), runs in by_arm(found).items():
+        _, label, color, width = PRETRAINING[kind]
+        asked = [[each for each in run["results"] if each["n_numbers"] == 1] for run in runs]
+        for axis, x, series in zip(axes[archs.index(arch)], ("n_entries", "step"),
+                                   (asked, [run["curve"] for run in runs])):
+            values = np.array([[point["digits"] for point in each] for each in series])
+            at = [point[x] for point in series[0]]
+            lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, zorder=1 + width,
+                                      marker="o" * (x == "n_entries"), ms=2 * width)
             axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-            axis.set(title=ARCHITECTURES[arch], xlabel=xlabel, ylim=(0, 1.02))
+    for arch, (left, right) in zip(archs, axes):
+        left.set(ylabel=f"{ARCHITECTURES[arch]}: digits right", ylim=(0, 1.02))
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:.0f}")
     for axis in axes.flat:
         lines["chance"] = axis.axhline(0.1, color="black", linestyle=":", lw=1)
         axis.yaxis.set_major_formatter("{x:.0%}")
-    axes[0, 0].set_ylabel("digits right")
-    order = [name for name, _, _ in PRETRAINING.values() if name in lines] + ["chance"]
+    axes[-1, 0].set_xlabel("entries of an unseen phone book")
+    axes[-1, 1].set_xlabel("step of fine-tuning")
+    order = [name for _, name, _, _ in PRETRAINING.values() if name in lines] + ["chance"]
     figure.legend([lines[name] for name in order], order, loc="outside right upper",
                   title="pretraining", alignment="left", frameon=False)
     plt.savefig(picture, dpi=110)
@@ -214,7 +274,7 @@ def plot(found, picture):
 
 
 def main(argv):
-    try:
+    with errors_in_one_line():
         match argv:
             case ["draw", results, picture]:
                 found = load(results)
@@ -225,11 +285,10 @@ def main(argv):
                 found, picture = run_missing(args), os.path.join(args.out_dir, "figure1.png")
         show_table(found)
         plot(found, picture)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here")

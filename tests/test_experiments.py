@@ -5,6 +5,7 @@ it stopped, pictures are drawn from what was measured, and what is wrong is said
 """
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,30 +33,36 @@ def one_line(main, argv, message):
 
 # ---- figure 1 ----
 
+def result_of(rate, digits, books=()):
+    """What eval_phonebook.py leaves: `digits` right on validation books, and at every size."""
+    return dict(config=dict(lr=rate), curve=[dict(step=800, digits=0.1),
+                                             dict(step=1600, digits=digits)],
+                results=[dict(n_entries=n, n_numbers=1, books=1024, digits=digits, exact=0.5)
+                         for n in books])
+
+
 class Programs:
     """In the place of subprocess.run: notes commands and leaves what their programs would."""
 
     def __init__(self):
-        settings, _ = eval_phonebook.parse_args(["--out_dir=nowhere"])
-        measured = json.loads((EXPERIMENTS / "figure1.json").read_text())[0]
-        self.result = json.dumps(dict(config=vars(settings), results=measured["results"],
-                                      curve=measured["curve"]))
         self.commands, self.fails = [], ()
 
-    def __call__(self, command, stdout, stderr, env):
-        program, flags = os.path.basename(command[1]), set(command[2:])
-        out_dir, = (flag for flag in flags if flag.startswith("--out_dir="))
-        folder = Path(out_dir.partition("=")[2])
-        self.commands.append((program, flags - {out_dir}))
+    def __call__(self, command, stdout, stderr, env, preexec_fn):
+        program = os.path.basename(command[1])
+        flags = dict(flag[2:].partition("=")[::2] for flag in command[2:])
+        folder = Path(flags.pop("out_dir"))
+        self.commands.append((program, flags))
         assert env["OMP_NUM_THREADS"] == str(figure1.cores())
         if self.fails == (program, folder.name):
             os.write(stdout.fileno(), b"one step\rerror: no luck\n\n")
             return subprocess.CompletedProcess(command, 3)
-        if program == "train.py":
-            (folder / "ckpt.pt").touch()
-        else:
-            (folder / "phonebook.pt").touch()
-            (folder / "phonebook.json").write_text(self.result)
+        folder.mkdir(exist_ok=True)
+        (folder / ("ckpt.pt" if program == "train.py" else "phonebook.pt")).touch()
+        if program == "eval_phonebook.py":
+            rate = float(folder.name)           # 2e-3 is the best
+            books = map(int, flags["test_entries"].split(",")) if "test_entries" in flags else ()
+            found = result_of(rate, 0.9 if rate == 2e-3 else 0.8, books)
+            (folder / "phonebook.json").write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, 0)
 
 
@@ -67,14 +74,25 @@ def programs(monkeypatch):
     return found
 
 
-def test_a_run_is_pretrained_and_fine_tuned_as_its_name_says(programs, tmp_path):
+def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(programs, tmp_path):
     figure1.main([f"--out_dir={tmp_path}", "--jobs=1",
-                  "--only=hawk-birdie-causal-2,gated_ssm-none-causal-2"])
-    common = {"--preset=cpu", "--seed=2", "--workers=0"}
+                  "--only=hawk-birdie-1,gated_ssm-none-2"])
+    common = dict(workers="0")
+    score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
+
+    def tuned(**source):
+        return [("eval_phonebook.py", {**source, "preset": "cpu", "lr": rate, "test_books": "0"})
+                for rate in ("0.001", "0.002", "0.004")] + [("eval_phonebook.py", score)]
+
     assert programs.commands == [
-        ("eval_phonebook.py", common | {"--scratch=gated_ssm", "--causal"}),
-        ("train.py", common | {"--arch=hawk", "--mixture=birdie-causal"}),
-        ("eval_phonebook.py", common)]
+        *tuned(**common, seed="2", scratch="gated_ssm")[:3], ("eval_phonebook.py", score),
+        ("train.py", dict(**common, seed="1", data="mixed", block_size="256", max_steps="12000",
+                          eval_rows="2", arch="hawk", mixture="birdie")),
+        *tuned(**common, seed="1", ckpt=f"{tmp_path}/hawk-birdie-1/ckpt.pt")]
+    runs = json.loads((tmp_path / "figure1.json").read_text())
+    assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
+        ("none", 2e-3), ("birdie", 2e-3)]
+    assert runs[0]["tried"] == {"0.001": 0.8, "0.002": 0.9, "0.004": 0.8}
 
 
 def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):
@@ -82,31 +100,33 @@ def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tm
     ntp = tmp_path / "gated_ssm-ntp-1"
 
     def ran():
-        """What has run since the last call."""
-        done = [(program, "--resume" in flags) for program, flags in programs.commands]
+        """What has run since the last call: p and P are train.py new and resumed, f and F the
+        other."""
+        done = [("pf"[program != "train.py"], "resume" in flags)
+                for program, flags in programs.commands]
         programs.commands.clear()
-        return done
+        return "".join(letter.upper() if resumed else letter for letter, resumed in done)
 
     programs.fails = "train.py", ntp.name
     one_line(figure1.main, command, "1 of 2 runs failed; the same command goes on")
-    assert ran() == [("train.py", False), ("eval_phonebook.py", False), ("train.py", False)]
+    assert ran() == "pfffF" + "p"
     out = capsys.readouterr().out
     assert f"train.py failed with exit code 3; {ntp / 'log.txt'} ends: error: no luck" in out
-    programs.fails = "eval_phonebook.py", ntp.name
+    programs.fails = "eval_phonebook.py", "0.002"
     one_line(figure1.main, command, "1 of 1 runs failed")
-    assert ran() == [("train.py", False), ("eval_phonebook.py", False)]
-    one_line(figure1.main, command, "1 of 1 runs failed")
-    assert ran() == [("train.py", True), ("eval_phonebook.py", False)]      # pretraining goes on
-    (ntp / "phonebook.pt").touch()              # as if it had been stopped while it was scored
+    assert ran() == "pff"
+    (ntp / "0.002").mkdir()
+    (ntp / "0.002/phonebook.pt").touch()        # as if it had been stopped
     programs.fails = ()
     figure1.main(command)
-    assert ran() == [("eval_phonebook.py", True)]
+    assert ran() == "FfF"                       # the second rate goes on
     figure1.main(command)
-    assert ran() == []
-    assert "| Gated SSM | next token prediction | 1 | 1 | 97.5% |" in capsys.readouterr().out
-    runs = json.loads((tmp_path / "figure1.json").read_text())
-    assert [(run["mixture"], run["seed"]) for run in runs] == [("birdie", 1), ("ntp", 1)]
-    one_line(figure1.main, [*command, "--preset=gpu"], "preset gpu has .*; remove it and")
+    assert ran() == ""
+    table = capsys.readouterr().out
+    assert re.search(r"\| Gated SSM \| next token prediction \| 1 \| 0.002 \| 1,600, 1,600 "
+                     r"(\| 90.0% ){6}\|", table)
+    (ntp / "0.001/phonebook.json").write_text("[1]")
+    one_line(figure1.main, command, "0.001/phonebook.json is no result of eval_phonebook.py")
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -122,7 +142,7 @@ def test_figure_1_says_in_one_line_what_is_wrong(argv, message):
 def test_figure_1_is_drawn_from_what_was_measured(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     figure1.main(["draw", str(EXPERIMENTS / "figure1.json"), str(tmp_path / "figure1.png")])
-    assert "| Gated SSM | Birdie | 1, 2, 3 | 1 | 97.5%, 96.8%, 97.6% |" in capsys.readouterr().out
+    assert "| Gated SSM | Birdie | 1" in capsys.readouterr().out
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
 
 

@@ -642,6 +642,36 @@ def test_what_has_no_room_or_no_text_says_so_in_one_line(tok, tmp_path, monkeypa
         Corpus(str(tmp_path / "b.txt"), tok)
 
 
+def test_text_that_is_marked_up_or_has_a_vocabulary_of_its_own_is_not_taken_silently(tok, tmp_path,
+                                                                                     capsys):
+    (tmp_path / "a.csv").write_text("a,b\n" * 999)
+    Corpus(str(tmp_path / "a.csv"), tok)
+    assert ".csv is read as plain text" in capsys.readouterr().out
+    (tmp_path / "b.ndjson").write_text('{"text": "one two"}\n' * 99)
+    corpus = Corpus(str(tmp_path / "b.ndjson"), tok)
+    assert tok.decode(corpus.window("train", 1, 7)) == "one two" and not capsys.readouterr().out
+    for name in ("train.bin", "val.bin", "meta.pkl"):           # as of nanoGPT's shakespeare_char
+        (tmp_path / name).write_bytes(bytes(2000))
+    with one_line("meta.pkl says .* a vocabulary of their own; pass the text"):
+        Corpus(str(tmp_path), tok)
+
+
+def test_tokens_are_cached_by_content_for_everyone(tok, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("some text " * 99)
+    two.write_text("some text " * 99)
+    assert Corpus(str(one), tok).paths == Corpus(str(two), tok).paths
+    before = os.stat(two)
+    two.write_text("more text " * 99)
+    os.utime(two, ns=(before.st_atime_ns, before.st_mtime_ns))
+    first, second = Corpus(str(one), tok), Corpus(str(two), tok)
+    assert first.fingerprint != second.fingerprint and first.size == second.size
+    assert tok.decode(second.window("train", 1, 4)) == "more"
+    folder = os.path.dirname(first.paths["train"])
+    assert os.stat(folder).st_mode & 0o777 == os.stat(tmp_path / "cache/birdie").st_mode & 0o777
+
+
 def test_where_text_repeats_itself_it_is_predicted_and_the_run_goes_on(tok, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a" * 100_000)
     batches = Batches(Corpus(str(tmp_path / "a.txt"), tok), tok, 128, 2)
