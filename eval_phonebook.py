@@ -42,7 +42,7 @@ from model import LM, MIXERS, errors_in_one_line, fits, load_checkpoint
 from objectives import Loader, Tokenizer, lay_out, pack
 
 STARTS = "A Be Bo Ca Da De E Fa Fe Ga He I Jo Ka La Le Lo Ma Me Mi Na No O Pa Ra Ro Sa Se Ta Vi"
-MIDDLES = "be ci da di fo ga ki la le lo ma mi mo na ni pe ra re ri ro sa si ta te to va vi wi ya zo"
+MIDDLES = "be ci da di fo ga ki la le lo ma mi mo na ni pe ra re ri ro sa si ta te to va vi wi ya"
 ENDS = "bin dal den dra fer gan lan len lia lin mar mir na nel nia nor ra ren rin ron sa sen son " \
        "ta tan via vin wen win zo"
 QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."      # figure 9

@@ -277,10 +277,10 @@ class Corpus:
     data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
     (train.bin and val.bin, uint16), tables (the hexadecimal numbers that numpy brings for its own
     tests: what stands there cannot be guessed, only looked up), stdlib (Python's source), packages
-    (the text of what pip installed beside us) or mixed (these and, as much again, tables). Text is tokenised once, into nanoGPT's
-    format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache. size: tokens of each split;
-    fingerprint: a digest of text and vocabulary, wherever they lie. Unusable data raise ValueError
-    or FileNotFoundError.
+    (the text of what pip installed beside us) or mixed (these and, as much again, tables). Text is
+    tokenised once, into nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache.
+    size: tokens of each split; fingerprint: a digest of text and vocabulary, wherever they lie.
+    Unusable data raise ValueError or FileNotFoundError.
     """
 
     def __init__(self, data: str, tok: Tokenizer):

@@ -106,7 +106,7 @@ def parse_args(argv):
     """-> (settings, the checkpoint to go on from or None)."""
     parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--init_from", help="a checkpoint whose weights, sizes and vocabulary a new run begins with")
+    flag("--init_from", help="checkpoint whose weights, sizes and vocabulary a run begins with")
     flag("--data", default="tables", help="text file, folder, .jsonl, nanoGPT folder, or tables "
          "(numpy's), stdlib (Python's), packages (what pip installed), mixed (packages, tables)")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
@@ -183,13 +183,9 @@ def settle(args):
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float16"      # a T4 or V100 has none
         reason = "what this GPU is made for"
-    elif args.dtype == "auto" and kind == "mps":
-        args.dtype, reason = "float32", "never measured on mps"
     elif args.dtype == "auto":
-        gain = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
-        args.dtype = "bfloat16" if gain > 1.5 else "float32"
-        reason = f"bfloat16 products are {gain:.1f} times as fast as float32"
-    args.dtype = from_first(args.dtype)     # it may have been timed
+        args.dtype = "bfloat16" if kind == "cpu" and cpu_has_bfloat16() else "float32"
+        reason = f"this {kind} has {'no ' * (args.dtype == 'float32')}instructions for bfloat16"
     threads = "" if kind != "cpu" else f", {torch.get_num_threads()} threads"
     print(f"device   {args.device}{threads}; {args.dtype} ({reason})")
 
@@ -205,14 +201,11 @@ def settle(args):
     print(f"compile  {args.compile} ({reason}); scan: {backend}" + f" ({why})" * bool(why))
 
 
-def matmul_seconds(dtype, n=512, repeats=5):
-    """The fastest of a few square matrix products."""
-    x, times = torch.randn(n, n, dtype=dtype), []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        x @ x
-        times.append(time.perf_counter() - begin)
-    return min(times)
+def cpu_has_bfloat16():
+    """Instructions for it (avx512_bf16, amx_bf16; bf16 on ARM); without, it is slower."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        return "bf16" in file.read()
+    return False
 
 
 def keep_freed_memory():
@@ -512,14 +505,21 @@ def report(step, arms, loss, accuracy, before, action, predicted):
 # ---- the run folder ----------------------------------------------------------------------------
 
 @contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): make room there, then go "
+                         f"on from the last checkpoint with --resume; or choose another --out_dir")
+
+
+@contextmanager
 def claimed(folder, name):
     """The folder is for one process at a time. A lock ends with its process, however that ends."""
     lock = os.path.join(folder, f".{name}.lock")
-    try:
+    with writing(folder):
         os.makedirs(folder, exist_ok=True)
         file = open(lock, "a")
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out_dir")
     with file:
         try:
             with suppress(NameError):           # Windows has no fcntl
@@ -544,16 +544,13 @@ def claimed(folder, name):
 def replacing(path):
     """-> where to write; then it is renamed, so at any moment `path` is a whole file."""
     part = path + ".part"
-    try:
-        yield part
-        os.replace(part, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(part)
-        if isinstance(error, OSError):
-            raise ValueError(f"{path} cannot be written ({error.strerror}), and is as it was; make "
-                             f"room there, then go on from it with --resume") from None
-        raise
+    with writing(path):
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            with suppress(OSError):
+                os.remove(part)
 
 
 def save_checkpoint(path, checkpoint):
@@ -602,21 +599,12 @@ class Log:
                                          f"mend or remove it")
                     end += len(line)
         if self.writes:
-            with self.opened() as file:
+            with writing(path), open(path, "a") as file:
                 file.truncate(end)
-
-    @contextmanager
-    def opened(self):
-        try:
-            with open(self.path, "a") as file:
-                yield file
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be written ({error.strerror}); make room there, "
-                             f"then go on from the checkpoint beside it with --resume") from None
 
     def write(self, **entry):
         if self.writes:
-            with self.opened() as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(finite(entry)) + "\n")
 
 

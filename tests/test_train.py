@@ -489,7 +489,8 @@ def limited(n_bytes):
 
 
 @pytest.mark.parametrize("n_bytes, file", [(20_000, "ckpt.pt"), (500, "log.jsonl")])
-def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(n_bytes, file, finished, text, tmp_path):
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(n_bytes, file, finished, text,
+                                                            tmp_path):
     if file == "ckpt.pt":
         shutil.copy(os.path.join(finished, "ckpt.pt"), tmp_path)
     command = flags(out_dir=tmp_path, resume=True) if file == "ckpt.pt" else flags(
@@ -759,7 +760,7 @@ def test_a_person_can_try_a_trained_model(cls, finished, capsys):
 
 @pytest.mark.parametrize("wrong, remedy", [
     ("--objective=infilling", "___"), ("--ckpt=/no", "train one"), ("--nothing", "--help"),
-    ("--objective=copy", "copying"), ("--temperature=-1", "argument --temperature: -1 is not from 0"),
+    ("--objective=copy", "copying"), ("--temperature=-1", "--temperature: -1 is not from 0"),
     ("--temperature=nan", "argument --temperature: nan"), ("--max_new_tokens=0", "from 1 to")])
 def test_a_wrong_prompt_ends_in_one_line(wrong, remedy, finished):
     with pytest.raises(SystemExit, match=f"^error: .*{remedy}"), errors_in_one_line():
@@ -796,7 +797,8 @@ BAD = [
     (dict(max_steps=0), "from 1"), (dict(lr="nan"), "from 1e-12"), (dict(beta2=1.0), "to 0.999999"),
     (dict(lr="fast"), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="taken"), "--resume"),
     (dict(out_dir="/dev/null/x"), "--out_dir"), (dict(out_dir="nothing", resume=True), "--out_dir"),
-    (dict(out_dir="cut", resume=True), "damaged"), (dict(out_dir="other", resume=True), "no checkpoint of this"),
+    (dict(out_dir="cut", resume=True), "damaged"),
+    (dict(out_dir="other", resume=True), "no checkpoint of this"),
     (dict(out_dir="hostile", resume=True), "damaged"),
 ]
 
