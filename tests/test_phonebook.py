@@ -66,20 +66,20 @@ def test_the_answer_is_what_a_reader_finds_in_the_book(n_numbers):
 def test_a_book_by_hand():
     """Figure 9: the question, the book, the question again."""
     prompt, answer = a_book(1, 4, 3)
-    names = "Lawin Nazolin, Tamar Omozo, and Levin Amowin"
+    names = "Lawin Natavin, Tamar Omamar, and Levin Amowen"
     assert prompt == f"""\
 What are the phone numbers for {names}? Find them in the phonebook below.
 
 Phonebook:
-Noden Taleren: 923-842-8246
-Levin Amowin: 500-878-5834
-Tamar Omozo: 713-149-1349
-Lawin Nazolin: 252-070-2441
+Noden Talera: 923-842-8246
+Levin Amowen: 500-878-5834
+Tamar Omamar: 713-149-1349
+Lawin Natavin: 252-070-2441
 
 What are the phone numbers for {names}? Find them in the phonebook above."""
     assert answer == "252-070-2441, 713-149-1349, 500-878-5834"
-    assert "for Lawin Nazolin? Find" in a_book(1, 4, 1)[0]
-    assert "for Tamar Omozo and Lawin Nazolin? Find" in a_book(1, 4, 2)[0]
+    assert "for Lawin Natavin? Find" in a_book(1, 4, 1)[0]
+    assert "for Tamar Omamar and Lawin Natavin? Find" in a_book(1, 4, 2)[0]
 
 
 # ---- books --------------------------------------------------------------------------------------
