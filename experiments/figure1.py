@@ -26,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends the imports without a word
+
 import train                            # before torch: it sets how threads wait
 import numpy as np
 import torch
@@ -288,6 +291,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
