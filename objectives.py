@@ -771,10 +771,10 @@ class Loader:
                 for batch in made:
                     yield batch
                     start += 1
-            except (RuntimeError, OSError) as error:
+            except (EOFError, OSError, RuntimeError) as error:
                 if not self.workers:
                     raise
-                problem, = str(error).splitlines()[:1] or [""]
+                problem = str(error).split("\n")[0] or type(error).__name__
                 tqdm.write(f"workers  one ended ({problem}): batches are made without any from now")
                 kill_workers()
                 self.workers = 0
