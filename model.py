@@ -523,7 +523,7 @@ def fits(path):
 RANGES = {          # of every flag that is a number, of every command
     "seed": (int, 0, 2 ** 63 - 1), "workers": (int, 0, 256), "jobs": (int, 1, 1024),
     "threads": (int, 1, 1024), "minutes": (float, 0, 10 ** 6),
-    "n_layer": (int, 1, 1024), "d_model": (int, 1, 2 ** 16), "d_state": (int, 1, 2 ** 20),
+    "n_layer": (int, 1, 1024), "d_model": (int, 1, 2 ** 14), "d_state": (int, 1, 2 ** 16),
     "n_head": (int, 1, 1024), "memory": (int, 1, 2 ** 24), "block_size": (int, 1, 2 ** 22),
     "batch_size": (int, 1, 2 ** 16), "max_steps": (int, 1, 10 ** 9), "eval_rows": (int, 1, 100),
     "lr": (float, 1e-12, 100), "beta2": (float, 0, 0.999999), "warmup": (float, 0, 1),

@@ -265,32 +265,26 @@ def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
 
 # ---- files that say whether they are whole -------------------------------------------------------
 
-def checksum(file):
-    """-> (SHA-256 of an open binary file but for its last 32 bytes, those bytes)."""
-    digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - 32
-    file.seek(0)
-    while left > 0 and (block := file.read(min(left, 1 << 20))):
-        digest.update(block)
-        left -= len(block)
-    return digest.digest(), file.read()
+def sha256(file, n):
+    """Of the next n bytes of an open binary file."""
+    digest = hashlib.sha256()
+    for begin in range(0, n, 1 << 20):
+        digest.update(file.read(min(1 << 20, n - begin)))
+    return digest.digest()
 
 
 def seal(path):
     """Write a file's SHA-256 behind it: neither torch.load nor dlopen looks there."""
     with open(path, "r+b") as file:
-        file.seek(0, os.SEEK_END)
-        file.write(bytes(32))
-        digest, _ = checksum(file)
-        file.seek(-32, os.SEEK_END)
-        file.write(digest)
+        file.write(sha256(file, os.path.getsize(path)))
         os.fsync(file.fileno())
 
 
 def is_sealed(file):
     """Is an open binary file as `seal` left it, bit for bit?"""
-    digest, end = checksum(file)
+    right = sha256(file, os.fstat(file.fileno()).st_size - 32) == file.read()
     file.seek(0)
-    return digest == end
+    return right
 
 
 # ---- who compiles it -----------------------------------------------------------------------------

@@ -668,9 +668,7 @@ class Run:
                                         args.focus)
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
-        config = model_config(args, self.tok)
-        check_memory(config, args)
-        self.model = LM(config).to(args.device)
+        self.model = LM(model_config(args, self.tok)).to(args.device)
         if args.init_from and not saved:
             with fits(args.init_from):
                 self.model.load_state_dict(begun["model"])
@@ -750,17 +748,6 @@ class Run:
         entry = report(step, self.arms, loss, accuracy, self.before, self.action, predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))
         self.before = loss
-
-
-def check_memory(config, args):
-    """Sizes far beyond this machine would end in its killing the process, without a word."""
-    with torch.device("meta"):
-        n = LM(config).n_parameters()
-    need, there = 16 * n, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if args.device == "cpu" and need > there:
-        raise ValueError(f"{n:,} parameters take {need / 1e9:.0f} GB with gradients and AdamW's "
-                         f"numbers, and this machine has {there / 1e9:.0f}; pass a smaller "
-                         f"--d_model, --d_state or --n_layer")
 
 
 def train(args, saved=None):
