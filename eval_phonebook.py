@@ -57,6 +57,7 @@ PRESETS = {                        # cpu: the defaults below
                   batch_size=64, block_size=32768, lr=5e-5, beta2=0.95),
 }
 SPLITS = "train", "val", "test"
+PROGRESS = "step", "curve", "losses", "optimizer", "scaler"
 MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
 
 
@@ -95,11 +96,12 @@ def parse_args(argv):
 
     args = parser.parse_args(argv)
     tuned = os.path.join(args.out_dir, "phonebook.pt")
-    if args.resume:
-        saved = load_checkpoint(tuned, "finetuning", "pretraining", "step", "curve", "losses")
-        return train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE), saved
-    parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
-    args = parser.parse_args(argv)
+    saved = load_checkpoint(tuned, "finetuning", "pretraining", "results") if args.resume else None
+    if saved:
+        args = train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE)
+    else:
+        parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
+        args = parser.parse_args(argv)
     if args.causal and args.scratch == "none":
         raise ValueError("causal is for random weights; pass --scratch=ARCHITECTURE, or drop "
                          "--causal: a checkpoint knows what it is")
@@ -109,7 +111,7 @@ def parse_args(argv):
     if args.entries_max < args.entries_min:
         raise ValueError(f"entries_max is {args.entries_max}; it must be entries_min, "
                          f"{args.entries_min}, or more")
-    return args, None
+    return args, saved
 
 
 # ---- books -------------------------------------------------------------------------------------
@@ -124,13 +126,18 @@ def names(split: str):
             for each in (first, last)]
 
 
+def phone_numbers(rng, n):
+    """Ten random digits each, as 669-174-4914."""
+    digits = rng.integers(10, size=(n, 10)).astype(str)
+    return [f"{''.join(d[:3])}-{''.join(d[3:6])}-{''.join(d[6:])}" for d in digits]
+
+
 def write_book(rng, n_entries: int, n_numbers: int, split: str, question="both"):
-    """-> (prompt, answer); `split` is 'train', 'val' or 'test'. Numbers are ten random digits."""
+    """-> (prompt, answer); `split` is 'train', 'val' or 'test'."""
     first, last = names(split)
     people = [f"{first[k // len(last)]} {last[k % len(last)]}"
               for k in rng.choice(len(first) * len(last), n_entries, replace=False)]
-    digits = rng.integers(10, size=(n_entries, 10)).astype(str)
-    numbers = [f"{''.join(d[:3])}-{''.join(d[3:6])}-{''.join(d[6:])}" for d in digits]
+    numbers = phone_numbers(rng, n_entries)
     asked = rng.choice(n_entries, n_numbers, replace=False)
     names_asked = [people[k] for k in asked]
     if n_numbers > 1:
@@ -140,6 +147,12 @@ def write_book(rng, n_entries: int, n_numbers: int, split: str, question="both")
     before = f"{QUESTION.format(who, 'below')}\n\n" if question == "both" else ""
     prompt = f"{before}Phonebook:\n{entries}\n\n{QUESTION.format(who, 'above')}"
     return prompt, ", ".join(numbers[k] for k in asked)
+
+
+@lru_cache
+def longest_number(tok):
+    """One of a hundred that takes the most tokens; with a digit a token, as here, all are alike."""
+    return max(phone_numbers(np.random.default_rng(0), 100), key=lambda number: len(tok.encode(number)))
 
 
 class Books:
@@ -162,8 +175,9 @@ class Books:
                              for space, each in (("", made[0]), (" ", made[0]), (" ", made[1])))
         questions = 2 * size(QUESTION.format("", "below")) + 2 * size(" and")
         return (questions + size("\n\nPhonebook:\n\n\n")
-                + n_entries * (bare + last + size(": 111-111-1111\n"))
-                + n_numbers * (2 * (first + last + size(",")) + size("111-111-1111, ")))
+                + n_entries * (bare + last + size(f": {longest_number(self.tok)}\n"))
+                + n_numbers * (2 * (first + last + size(","))
+                               + size(f"{longest_number(self.tok)}, ")))
 
     def batch(self, seed, rank, step, action=None, split="train") -> dict:
         """(B, T) arrays as objectives.lay_out gives them; `action` has no meaning here."""
@@ -224,11 +238,12 @@ def score(respond, books: list) -> dict:
                 by_place=right.mean((0, 1)).tolist())
 
 
-def responder(model: LM, tok: Tokenizer, args, rows: int = 64):
-    """A model as `score` asks it: greedy decoding from the recurrent state, `rows` prompts at a
+def responder(model: LM, tok: Tokenizer, args):
+    """A model as `score` asks it: greedy decoding from the recurrent state, some prompts at a
     time."""
     def respond(prompts, n_numbers):
-        longest, answers = len(tok.encode(", ".join(["111-111-1111"] * n_numbers))), []
+        longest, answers = len(tok.encode(", ".join([longest_number(tok)] * n_numbers))), []
+        rows = max(1, min(64, 32768 // len(tok.encode(max(prompts, key=len)))))
         for start in range(0, len(prompts), rows):
             asked = [(tok.encode(prompt), [tok.GEN]) for prompt in prompts[start:start + rows]]
             with train.autocast(args):
@@ -249,8 +264,8 @@ def show_example(respond, prompt: str, label: str) -> None:
 def finetune(model, tok, args, saved, save, stop) -> list:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our
     choice: it rises over the first 50 steps, and falls to 0 over the last share `cooldown` of
-    them. -> the curve, 20 points of step, mean loss since the last, and share of digits right on
-    128 validation books of entries_max entries."""
+    them. -> what a checkpoint needs to go on, of which the curve has 20 points of step, mean loss
+    since the last, and share of digits right on 128 validation books of entries_max entries."""
     books, held_out = Books(tok, args), unseen_books(args, args.entries_max, 1, 128, "val")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=0.0, fused=True)
@@ -259,6 +274,7 @@ def finetune(model, tok, args, saved, save, stop) -> list:
     if saved:
         begin, curve, losses = saved["step"], saved["curve"], [*saved["losses"]]
         with fits(args.out_dir):
+            train.check_moments(optimizer, saved["optimizer"])
             optimizer.load_state_dict(saved["optimizer"])
             learner.scaler.load_state_dict(saved["scaler"])
     batches = Loader(books, args.seed, workers=args.workers).steps(begin, args.max_steps, None)
@@ -268,18 +284,20 @@ def finetune(model, tok, args, saved, save, stop) -> list:
         stop.at_once = False
         falling = (args.max_steps - step + 1) / max(1, args.cooldown * args.max_steps)
         lr = args.lr * min(1, step / 50, falling)
-        losses.append(learner.step(batch, lr)[0].cpu())
+        losses.append(learner.step(batch, lr)[0])
         at_point = step % max(1, args.max_steps // 20) == 0 or step == args.max_steps
         if at_point:
             digits = score(responder(model, tok, args), held_out)["digits"]
-            curve.append(dict(step=step, loss=torch.stack(losses).mean().item(), digits=digits))
+            loss = torch.stack([loss.cpu() for loss in losses]).mean().item()
+            curve.append(dict(step=step, loss=loss, digits=digits))
             bar.set_postfix_str(f"loss {curve[-1]['loss']:.3f}, {digits:.0%} of digits")
             losses.clear()
         if at_point or stop.asked:
-            save(step=step, curve=curve, losses=losses, optimizer=optimizer.state_dict(),
-                 scaler=learner.scaler.state_dict())
+            progress = dict(step=step, curve=curve, losses=[loss.cpu() for loss in losses],
+                            optimizer=optimizer.state_dict(), scaler=learner.scaler.state_dict())
+            save(progress)
             stop.saved(step, args, at_once=True)
-    return curve
+    return progress
 
 
 def load(args, saved):
@@ -312,6 +330,8 @@ def evaluate(args, saved=None) -> dict:
             raise ValueError(f"{tuned} exists; go on or score it again with --resume, or fine-tune "
                              f"{args.ckpt} into another folder: --ckpt={args.ckpt} "
                              f"--out_dir=ANOTHER")
+        if saved:                       # as it is now that no other process changes it
+            saved = load_checkpoint(tuned)
         return finetune_and_score(args, saved, tuned, stop)
 
 
@@ -329,21 +349,27 @@ def finetune_and_score(args, saved, tuned, stop):
           f"numbers asked; tests: {args.test_books} books each of "
           f"{', '.join(map(str, args.test_entries))} entries")
 
-    def save(**progress):
+    results = saved["results"] if saved else []
+
+    def save(progress):
         train.save_checkpoint(tuned, dict(
             model=model.state_dict(), model_config=vars(model.config), tokenizer=tokenizer,
-            finetuning=vars(args), pretraining=pretraining, **progress))
+            finetuning=vars(args), pretraining=pretraining, results=results,
+            **{name: progress[name] for name in PROGRESS}))
 
-    curve = saved["curve"] if saved else []
+    progress = saved
     if not saved or saved["step"] < args.max_steps:
-        curve = finetune(model, tok, args, saved, save, stop)
+        progress = finetune(model, tok, args, saved, save, stop)
 
-    respond, results = responder(model, tok, args), []
+    respond = responder(model, tok, args)
     for n_entries, n in itertools.product(args.test_entries, args.test_numbers):
         if n <= n_entries and args.test_books:
             books = unseen_books(args, n_entries, n, args.test_books)
             result = dict(n_entries=n_entries, **score(respond, books))
+            same = "n_entries", "n_numbers", "books"            # earlier scores of others stay
+            results = [each for each in results if any(each[k] != result[k] for k in same)]
             results.append(result)
+            save(progress)
             low, high = result["digits_interval"]
             print(f"{n:3d} number{'s' * (n > 1)} of {n_entries} entries: {result['digits']:.1%} of "
                   f"digits right (95% interval {low:.1%} to {high:.1%}; chance 10%), "
@@ -351,26 +377,11 @@ def finetune_and_score(args, saved, tuned, stop):
     show_example(respond, *unseen_books(args, args.entries_max, 1, 1)[0])
     path = os.path.join(args.out_dir, "phonebook.json")
     found = dict(config=vars(args), pretraining=pretraining, parameters=model.n_parameters(),
-                 results=keep_others(path, results), curve=curve,
+                 results=results, curve=progress["curve"],
                  seconds=round(time.perf_counter() - begin), torch=torch.__version__)
     with train.replacing(path) as part, open(part, "w") as file:
         json.dump(found, file, indent=1)
     return found
-
-
-def keep_others(path, results):
-    """Results of earlier scorings, of other books than these, stay in the file."""
-    def key(result):
-        return result["n_entries"], result["n_numbers"], result["books"]
-
-    try:
-        with open(path) as file:
-            earlier = {key(result): result for result in json.load(file)["results"]}
-    except FileNotFoundError:
-        earlier = {}
-    except (KeyError, RecursionError, TypeError, ValueError):
-        raise ValueError(f"{path} is not what this program writes; move it away")
-    return [*{**earlier, **{key(result): result for result in results}}.values()]
 
 
 def main(argv=None):

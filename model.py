@@ -529,7 +529,6 @@ RANGES = {          # of every flag that is a number, of every command
     "lr": (float, 1e-12, 100), "beta2": (float, 0, 0.999999), "warmup": (float, 0, 1),
     "cooldown": (float, 0, 1), "weight_decay": (float, 0, 100), "clip": (float, 1e-12, 1e12),
     "entries_min": (int, 1, 10 ** 4), "entries_max": (int, 1, 10 ** 4),
-    "test_entries_min": (int, 1, 10 ** 4), "test_entries_max": (int, 1, 10 ** 4),
     "numbers_max": (int, 1, 10 ** 4), "test_books": (int, 0, 10 ** 6),
     "max_new_tokens": (int, 1, 10 ** 6), "temperature": (float, 0, 1e6),
 }

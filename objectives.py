@@ -668,8 +668,9 @@ class Batches:
         self.low = np.array([positions(arm, arm.shortest) for arm in self.arms])
         self.high = np.array([positions(arm, arm.longest) for arm in self.arms])
         if tok.n_masks < block_size // 8:
-            raise ValueError(f"n_masks is {tok.n_masks}; block_size {block_size} needs "
-                             f"Tokenizer(name, n_masks={block_size // 8})")
+            raise ValueError(f"the vocabulary has n_masks={tok.n_masks}, for rows of "
+                             f"{8 * tok.n_masks} tokens; pass --block_size={8 * tok.n_masks} or "
+                             f"less, or Tokenizer(name, n_masks={block_size // 8})")
         need = max(arm.longest for arm in self.arms)
         if min(corpus.size.values()) < need:
             raise ValueError(f"a sample takes up to {need} tokens of {corpus.size}; pass more text "

@@ -146,7 +146,8 @@ def parse_args(argv):
     if args.init_from:
         begun = load_checkpoint(args.init_from)
         known = {name: x for name, x in begun["model_config"].items() if hasattr(args, name)}
-        parser.set_defaults(**known, tokenizer=begun["tokenizer"]["name"])
+        parser.set_defaults(**known, tokenizer=begun["tokenizer"]["name"],
+                            block_size=8 * begun["tokenizer"]["n_masks"])
     return parser.parse_args(argv), None
 
 
@@ -164,8 +165,8 @@ def resumed(parser, argv, config, path, may_change):
 
 def settle(args):
     """Decide what was left to this machine, and say why."""
-    if " " in os.environ.get("CXX", ""):        # "ccache g++", of which torch.compile knows nothing
-        os.environ["CXX"] = shlex.split(os.environ["CXX"])[-1]
+    if os.environ.get("CXX", "").startswith("ccache "):     # torch.compile would look for that file
+        os.environ["CXX"] = os.environ["CXX"].removeprefix("ccache ")
     kind, _, index = args.device.partition(":")
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in has or (index and not (kind == "cuda" and index.isdigit())):
@@ -385,8 +386,11 @@ class Learner:
             except torch.OutOfMemoryError as error:
                 problem = str(error)        # not the error: it would hold the tensors
             except Exception as error:
-                if self.model is self.raw or self.args.compile == "no" or processes()[1] > 1:
+                if self.args.compile == "no" or self.model is self.raw and not self.is_sharded:
                     raise
+                if processes()[1] > 1:
+                    raise ValueError(f"torch.compile fails here ({scan.one_line(error)}); pass "
+                                     f"--compile=no")
                 print(f"compile  no: it failed ({scan.one_line(error)}); was a run killed in its "
                       f"first step, remove {os.environ.get('TORCHINDUCTOR_CACHE_DIR')} once")
                 self.model = self.raw
@@ -522,12 +526,11 @@ def claimed(folder, name):
         file = open(lock, "a")
     with file:
         try:
-            with suppress(NameError):           # Windows has no fcntl
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.stat(lock), os.fstat(file.fileno()))     # not one just left
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            ours = False
-        if not ours:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.stat(lock), os.fstat(file.fileno()))     # not one just left
+        except (NameError, OSError) as error:   # Windows and some file systems know no locks
+            free = not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
+        if not free:
             raise ValueError(f"another process is at work in {folder}; wait for it, or choose "
                              f"another --out_dir")
         with suppress(OSError):                 # of a process that was killed
@@ -637,7 +640,8 @@ class StopSignal:
             self.stop()
 
     def stop(self):
-        print(self.message, file=sys.stderr)
+        with suppress(OSError):                 # the terminal may be gone
+            print(self.message, file=sys.stderr)
         raise SystemExit(128 + (self.asked or signal.SIGTERM))
 
     def saved(self, step, args, at_once=False):
@@ -660,6 +664,9 @@ class Run:
         begun = saved or (args.init_from and load_checkpoint(args.init_from))
         self.tok = Tokenizer(**begun["tokenizer"] if begun else
                              dict(name=args.tokenizer, n_masks=args.block_size // 8))
+        if self.tok.name != args.tokenizer:
+            raise ValueError(f"{args.init_from} has the vocabulary {self.tok.name}; drop "
+                             f"--tokenizer={args.tokenizer}")
         self.corpus = corpus = Corpus(args.data, self.tok)
         self.data = dict(corpus.size, fingerprint=corpus.fingerprint)
         self.batches = Batches(corpus, self.tok, args.block_size, args.batch_size)
@@ -670,6 +677,10 @@ class Run:
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
         self.model = LM(model_config(args, self.tok)).to(args.device)
         if args.init_from and not saved:
+            for name, value in begun["model_config"].items():
+                if value != getattr(self.model.config, name) and name != "recompute":
+                    raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
+                                     f"{getattr(self.model.config, name)!r}; drop what changes it")
             with fits(args.init_from):
                 self.model.load_state_dict(begun["model"])
         if args.shard and processes()[1] > 1:
@@ -698,14 +709,13 @@ class Run:
         saved.clear()                   # the weights are not needed twice
 
     def load(self, saved):
-        weights, moments = saved["model"], saved["optimizer"]["state"].values()
+        weights, moments = saved["model"], saved["optimizer"]["state"]
         saved["model"] = {name: spread(weights[name], like)
                           for name, like in self.model.state_dict().items()}
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for weight, of_weight in zip(weights, moments):
-            if {t.shape for t in of_weight.values() if t.ndim} - {weight.shape}:
-                raise RuntimeError("AdamW's numbers have other shapes than the weights")
-            of_weight.update({name: spread(t, weight) for name, t in of_weight.items()})
+        check_moments(self.optimizer, saved["optimizer"])
+        for k, of_weight in moments.items():
+            of_weight.update({name: spread(t, weights[k]) for name, t in of_weight.items()})
         for name, part in self.parts.items():
             if name in saved:           # the scaler is not in a checkpoint from before float16
                 part.load_state_dict(saved[name])
@@ -750,6 +760,14 @@ class Run:
         self.before = loss
 
 
+def check_moments(optimizer, state):
+    """torch would read beyond those that are too short."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for k, moments in state["state"].items():
+        if {t.shape for t in moments.values() if t.ndim} - {weights[k].shape}:
+            raise RuntimeError("AdamW's numbers have other shapes than the weights")
+
+
 def train(args, saved=None):
     """The whole run, into args.out_dir; saved: a checkpoint to go on from."""
     args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
@@ -760,6 +778,8 @@ def train(args, saved=None):
         if not saved and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
             raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or "
                              f"choose another --out_dir")
+        if saved:                       # as it is now that no other process changes it
+            saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))
         settle(args)
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not

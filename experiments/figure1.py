@@ -62,7 +62,7 @@ SIZES = {                               # flags of pretraining; rates of fine-tu
 
 def parse_args(argv):
     parser, flag = command_line("python experiments/figure1.py [--FLAG=VALUE ...]")
-    flag("--out_dir", default="figure1", help="a folder for each run, figure1.json, figure1.png")
+    flag("--out_dir", default="figure1", help="holds a folder of runs for each preset")
     flag("--preset", default="cpu", choices=SIZES, help="size of models and books")
     flag("--only", default="*", help="runs that match a pattern; several, with commas")
     flag("--jobs", default=1 if torch.cuda.is_available() else cores(),
@@ -72,6 +72,7 @@ def parse_args(argv):
     for pattern in args.only:
         if not fnmatch.filter(RUNS, pattern):
             raise ValueError(f"no run matches {pattern!r} of --only; they are {', '.join(RUNS)}")
+    args.out_dir = os.path.join(args.out_dir, args.preset)
     return args
 
 
@@ -172,14 +173,18 @@ def run_missing(args):
 def collect(args):
     """The results that are there, of each run at its best rate -> figure1.json."""
     _, rates, (entries, books) = SIZES[args.preset]
-    n_entries, n_books = entries.split("=")[1].split(","), int(books.split("=")[1])
+    n_entries = sorted(map(int, entries.split("=")[1].split(",")))
+    n_books = int(books.split("=")[1])
     found = []
     for name, (arch, kind, seed) in RUNS.items():
         tried = [read(os.path.join(args.out_dir, name, str(rate), "phonebook.json"))
                  for rate in rates]
         best = max(tried, key=validation) if all(tried) else dict(results=())
-        best["results"] = [each for each in best["results"] if each["books"] == n_books]
-        if len(best["results"]) >= len(n_entries):
+        best["results"] = sorted(
+            (each for each in best["results"] if each["books"] == n_books and
+             each["n_numbers"] == 1 and each["n_entries"] in n_entries),
+            key=lambda each: each["n_entries"])
+        if len(best["results"]) == len(n_entries):
             chosen_from = {each["config"]["lr"]: validation(each) for each in tried}
             found.append(dict(arch=arch, pretrained=kind, seed=seed, tried=chosen_from, **best))
     os.makedirs(args.out_dir, exist_ok=True)

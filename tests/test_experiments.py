@@ -88,8 +88,8 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
         *tuned(**common, seed="2", scratch="gated_ssm")[:3], ("eval_phonebook.py", score),
         ("train.py", dict(**common, seed="1", data="mixed", block_size="256", max_steps="12000",
                           eval_rows="2", arch="hawk", mixture="birdie")),
-        *tuned(**common, seed="1", ckpt=f"{tmp_path}/hawk-birdie-1/ckpt.pt")]
-    runs = json.loads((tmp_path / "figure1.json").read_text())
+        *tuned(**common, seed="1", ckpt=f"{tmp_path}/cpu/hawk-birdie-1/ckpt.pt")]
+    runs = json.loads((tmp_path / "cpu/figure1.json").read_text())
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
         ("none", 2e-3), ("birdie", 2e-3)]
     assert runs[0]["tried"] == {"0.001": 0.8, "0.002": 0.9, "0.004": 0.8}
@@ -97,7 +97,7 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
 
 def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):
     command = [f"--out_dir={tmp_path}", "--only=gated_ssm-birdie-1, *_ssm-ntp-1", "--jobs=1"]
-    ntp = tmp_path / "gated_ssm-ntp-1"
+    ntp = tmp_path / "cpu/gated_ssm-ntp-1"
 
     def ran():
         """What has run since the last call: p and P are train.py new and resumed, f and F the

@@ -649,8 +649,10 @@ def test_a_run_begins_with_the_weights_of_another_on_other_text(finished, tmp_pa
     assert two["data"] != one["data"] and two["step"] == 1
     assert all(torch.allclose(one["model"][key], two["model"][key], atol=1e-7)
                for key in one["model"])
-    with pytest.raises(SystemExit, match="ckpt.pt does not fit this code"):
-        tiny(tmp_path / "new", __file__, init_from=f"{finished}/ckpt.pt", n_layer=3)
+    for other in (dict(n_layer=3), dict(tokenizer="bpe2048"), dict(mixture="ntp"),
+                  dict(block_size=128)):
+        with pytest.raises(SystemExit, match="^error: .*(drop|pass --block_size=64)"):
+            tiny(tmp_path / "new", __file__, init_from=f"{finished}/ckpt.pt", **other)
     main(flags(out_dir=finished, resume=True))
     assert "it is finished: only its last evaluation is repeated" in capsys.readouterr().out
 
