@@ -151,8 +151,9 @@ def write_book(rng, n_entries: int, n_numbers: int, split: str, question="both")
 
 @lru_cache
 def longest_number(tok):
-    """One of a hundred that takes the most tokens; with a digit a token, as here, all are alike."""
-    return max(phone_numbers(np.random.default_rng(0), 100), key=lambda number: len(tok.encode(number)))
+    """One of a hundred that takes the most tokens; with a token for each digit all are alike."""
+    numbers = phone_numbers(np.random.default_rng(0), 100)
+    return max(numbers, key=lambda number: len(tok.encode(number)))
 
 
 class Books:
