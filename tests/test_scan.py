@@ -294,16 +294,15 @@ def test_four_processes_build_at_once_despite_stale_locks_and_the_next_starts_qu
     assert [path.name for path in tmp_path.glob("*.so")] == [library.name]
 
 
-def test_a_damaged_build_is_built_again(tmp_path, monkeypatch):
+def test_a_damaged_build_is_built_again(tmp_path):
     """Loading half a library would end the process with a bus error."""
-    build(monkeypatch, tmp_path)
-    assert S.load(torch.device("cpu"))[0] == "cpp"
+    need_compiler()
+    assert start(tmp_path).communicate(timeout=100)[0].startswith("cpp")
     library, = tmp_path.glob("birdie_scan_*.so")
     whole = library.read_bytes()
     for content in (whole[:len(whole) // 2], b"", whole[:5000] + b"x" + whole[5001:]):
         library.write_bytes(content)
-        S.load.cache_clear()
-        assert S.load(torch.device("cpu"))[0] == "cpp"
+        assert start(tmp_path).communicate(timeout=100)[0].startswith("cpp")
         with open(library, "rb") as file:
             assert S.is_sealed(file)
 
