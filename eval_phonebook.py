@@ -30,7 +30,7 @@ import time
 import zlib
 from functools import lru_cache
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends the imports without a word
 
 import train                       # before torch: it sets how threads wait

@@ -42,7 +42,7 @@ from importlib.util import find_spec
 # 4.2 s; with this, 0.5 s. It must be set before torch starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for deterministic products on GPUs
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends the imports without a word
 
 with suppress(ImportError):         # Windows has none

@@ -1,5 +1,6 @@
 """Tests run on two cores, without network, and leave nothing behind."""
 import os
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup and "&" have them ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
