@@ -619,7 +619,7 @@ class StopSignal:
 
     def __init__(self, program="train.py"):
         self.program, self.asked, self.when, self.at_once = program, 0, math.inf, True
-        self.message = "stopped before the first step"
+        self.message, self.stopped = "stopped before the first step", False
 
     def __enter__(self):
         self.before = {}
@@ -632,6 +632,9 @@ class StopSignal:
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.stopped:                        # said here, below the progress bar
+            with suppress(OSError):             # the terminal may be gone
+                print(self.message, file=sys.stderr)
 
     def ask(self, number, frame):
         again = number == signal.SIGINT and time.monotonic() > self.when + 1
@@ -640,8 +643,7 @@ class StopSignal:
             self.stop()
 
     def stop(self):
-        with suppress(OSError):                 # the terminal may be gone
-            print(self.message, file=sys.stderr)
+        self.stopped = True
         raise SystemExit(128 + (self.asked or signal.SIGTERM))
 
     def saved(self, step, args, at_once=False):

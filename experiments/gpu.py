@@ -347,7 +347,7 @@ def train_for(seconds, args):
                           if '"train_loss"' in line and line.endswith("\n")]
                 if losses and first is None:
                     first, stop = now, min(now + seconds, args.stop)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)     # some parents have the other ignored
             process.wait(60)
         finally:
             process.kill()                  # nothing, if it has ended
