@@ -262,7 +262,7 @@ def show_example(respond, prompt: str, label: str) -> None:
 
 # ---- fine-tuning and scoring one model ---------------------------------------------------------
 
-def finetune(model, tok, args, saved, save, stop) -> list:
+def finetune(model, tok, args, saved, save, stop) -> dict:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our
     choice: it rises over the first 50 steps, and falls to 0 over the last share `cooldown` of
     them. -> what a checkpoint needs to go on, of which the curve has 20 points of step, mean loss

@@ -156,7 +156,7 @@ PACKAGES = """numpy tqdm tiktoken regex requests urllib3 certifi charset-normali
 PACKAGE_TEXT = {".py", ".pyi", ".h", ".hpp", ".csv", ".md", ".txt", ".rst", ".json"}
 TABLES_IN_MIXED = 53        # makes half of its tokens
 JSON_LINES = {".jsonl", ".ndjson"}
-MARKUP = {".csv", ".tsv", ".json", ".html", ".xml", ".parquet", ".ipynb"}   # read as it stands
+MARKUP = {".csv", ".tsv", ".json", ".html", ".xml", ".ipynb"}   # read as it stands
 
 
 def package_files() -> list[Path]:

@@ -11,10 +11,9 @@ Run it:  python train.py                                a small model learns to 
          python train.py --help                         every setting
 
 A run folder holds ckpt.pt, whole at any moment and with a checksum, and log.jsonl, one JSON object
-a line:
-the configuration, then lines with `train_loss`, and for each evaluation one with `mean_loss`, and
-`loss_`, `accuracy_`, `reward_` and `share_` of every class: `pd.read_json("out/log.jsonl",
-lines=True)`. A batch depends on nothing but (seed, rank, step, action), so a resumed run sees the
+a line: the configuration, then lines with `train_loss`, and for each evaluation one with
+`mean_loss`, and `loss_`, `accuracy_`, `reward_` and `share_` of every class:
+`pd.read_json("out/log.jsonl", lines=True)`. A batch depends on nothing but (seed, rank, step, action), so a resumed run sees the
 batches that an uninterrupted one would, and on one CPU thread ends with the same weights, bit for
 bit.
 
@@ -28,7 +27,6 @@ import errno
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -781,7 +779,8 @@ def train(args, saved=None):
             raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or "
                              f"choose another --out_dir")
         if saved:                       # as it is now that no other process changes it
-            saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))
+            saved.clear()               # in place: the caller's would stay in memory
+            saved.update(load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")))
         settle(args)
         keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
