@@ -13,9 +13,9 @@ Run it:  python train.py                                a small model learns to 
 A run folder holds ckpt.pt, whole at any moment and with a checksum, and log.jsonl, one JSON object
 a line: the configuration, then lines with `train_loss`, and for each evaluation one with
 `mean_loss`, and `loss_`, `accuracy_`, `reward_` and `share_` of every class:
-`pd.read_json("out/log.jsonl", lines=True)`. A batch depends on nothing but (seed, rank, step, action), so a resumed run sees the
-batches that an uninterrupted one would, and on one CPU thread ends with the same weights, bit for
-bit.
+`pd.read_json("out/log.jsonl", lines=True)`. A batch depends on nothing but (seed, rank, step,
+action), so a resumed run sees the batches that an uninterrupted one would, and on one CPU thread
+ends with the same weights, bit for bit.
 
 Departures from the paper (4.1, A.11), ours: sizes for one GPU or a laptop; the learning rate
 falls to a tenth; AdamW's settings are Mamba's, as in the paper, but for a longer second moment in
