@@ -57,7 +57,6 @@ PRESETS = {                        # cpu: the defaults below
                   batch_size=64, block_size=32768, lr=5e-5, beta2=0.95),
 }
 SPLITS = "train", "val", "test"
-PROGRESS = "step", "curve", "losses", "optimizer", "scaler"
 MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
 
 
@@ -70,7 +69,7 @@ def counts(text):
 
 
 def parse_args(argv):
-    """-> (settings, the fine-tuned checkpoint to score again or None)."""
+    """-> settings; of a resumed run those that it was saved with."""
     parser, flag = train.shared_flags("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
     flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
@@ -86,9 +85,9 @@ def parse_args(argv):
     flag("--test_numbers", default=[1], type=counts, help="numbers asked for in test books")
     flag("--test_books", default=512, help="for each of both; 0: no test")
     flag("--max_steps", default=1600, help="steps of fine-tuning")
-    flag("--batch_size", default=8, help="rows in a step")
-    flag("--block_size", default=384, help="tokens in a row")
-    flag("--lr", default=2e-3, help="constant after 50 steps")
+    flag("--batch_size", default=4, help="rows in a step")
+    flag("--block_size", default=768, help="tokens in a row")
+    flag("--lr", default=2e-3, help="reached after 50 steps")
     flag("--cooldown", default=0.25,
          help="last share of the steps, in which the learning rate falls to 0")
     flag("--beta2", default=0.99,
@@ -96,8 +95,8 @@ def parse_args(argv):
 
     args = parser.parse_args(argv)
     tuned = os.path.join(args.out_dir, "phonebook.pt")
-    saved = load_checkpoint(tuned, "finetuning", "pretraining", "results") if args.resume else None
-    if saved:
+    if args.resume:
+        saved = load_checkpoint(tuned, "finetuning", "pretraining", "results")
         args = train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE)
     else:
         parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
@@ -111,7 +110,7 @@ def parse_args(argv):
     if args.entries_max < args.entries_min:
         raise ValueError(f"entries_max is {args.entries_max}; it must be entries_min, "
                          f"{args.entries_min}, or more")
-    return args, saved
+    return args
 
 
 # ---- books -------------------------------------------------------------------------------------
@@ -265,8 +264,8 @@ def show_example(respond, prompt: str, label: str) -> None:
 def finetune(model, tok, args, saved, save, stop) -> dict:
     """The paper's protocol (A.9): AdamW without weight decay, a constant learning rate. Our
     choice: it rises over the first 50 steps, and falls to 0 over the last share `cooldown` of
-    them. -> what a checkpoint needs to go on, of which the curve has 20 points of step, mean loss
-    since the last, and share of digits right on 128 validation books of entries_max entries."""
+    them. -> what a checkpoint needs to go on, of which the curve has some 20 points: step, mean
+    loss since the last, share of digits right on 128 validation books of entries_max entries."""
     books, held_out = Books(tok, args), unseen_books(args, args.entries_max, 1, 128, "val")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=0.0, fused=True)
@@ -301,47 +300,44 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
     return progress
 
 
-def load(args, saved):
-    """-> (model, arguments of its Tokenizer, settings and number of steps of its pretraining)."""
-    if saved:
-        model, tokenizer, _ = LM.load(os.path.join(args.out_dir, "phonebook.pt"))
-        return model, tokenizer, saved["pretraining"]
+def load(args, tuned):
+    """-> (model, its Tokenizer, settings and number of steps of its pretraining, what `tuned` holds
+    of a resumed run)."""
+    if args.resume:
+        model, tokenizer, saved = LM.load(tuned)
+        return model, Tokenizer(**tokenizer), saved["pretraining"], saved
     if args.scratch != "none":
         preset = PRETRAINING[args.preset]
-        sizes, _ = train.parse_args([f"--arch={args.scratch}", f"--preset={preset}"])
+        sizes = train.parse_args([f"--arch={args.scratch}", f"--preset={preset}"])
         sizes.causal, sizes.mixture, sizes.max_steps = args.causal, "none", 0
-        tokenizer = Tokenizer(sizes.tokenizer, n_masks=sizes.block_size // 8).arguments
+        tok = Tokenizer(sizes.tokenizer, n_masks=sizes.block_size // 8)
         torch.manual_seed(args.seed)
-        model = LM(train.model_config(sizes, Tokenizer(**tokenizer)))
-        return model, tokenizer, {**vars(sizes), "step": 0}
+        return LM(train.model_config(sizes, tok)), tok, {**vars(sizes), "step": 0}, None
     model, tokenizer, checkpoint = LM.load(args.ckpt)
     if "config" not in checkpoint:
         raise ValueError(f"{args.ckpt} is fine-tuned already; pass a checkpoint of train.py")
-    return model, tokenizer, {**checkpoint["config"], "step": checkpoint["step"]}
+    pretraining = {**checkpoint["config"], "step": checkpoint["step"]}
+    return model, Tokenizer(**tokenizer), pretraining, None
 
 
-def evaluate(args, saved=None) -> dict:
+def evaluate(args) -> dict:
     """Fine-tune and score one model; -> what it writes to phonebook.json."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("WORLD_SIZE is not 1: fine-tuning is for one device; run it without "
                          "torchrun")
     tuned = os.path.join(args.out_dir, "phonebook.pt")
     with train.StopSignal("eval_phonebook.py") as stop, train.claimed(args.out_dir, "phonebook.pt"):
-        if os.path.exists(tuned) and not saved:
+        if os.path.exists(tuned) and not args.resume:
             raise ValueError(f"{tuned} exists; go on or score it again with --resume, or fine-tune "
                              f"{args.ckpt} into another folder: --ckpt={args.ckpt} "
                              f"--out_dir=ANOTHER")
-        if saved:                       # as it is now that no other process changes it
-            saved = load_checkpoint(tuned)
-        return finetune_and_score(args, saved, tuned, stop)
+        return finetune_and_score(args, tuned, stop)
 
 
-def finetune_and_score(args, saved, tuned, stop):
+def finetune_and_score(args, tuned, stop):
     begin = time.perf_counter()
-    model, tokenizer, pretraining = load(args, saved)
-    tok = Tokenizer(**tokenizer)
+    model, tok, pretraining, saved = load(args, tuned)
     train.settle(args)
-    train.keep_freed_memory()
     model.to(args.device)
     print(f"model    {pretraining['arch']}{', causal' * model.config.causal}, "
           f"{model.n_parameters():,} parameters, pretraining: {pretraining['mixture']}, "
@@ -354,9 +350,9 @@ def finetune_and_score(args, saved, tuned, stop):
 
     def save(progress):
         train.save_checkpoint(tuned, dict(
-            model=model.state_dict(), model_config=vars(model.config), tokenizer=tokenizer,
-            finetuning=vars(args), pretraining=pretraining, results=results,
-            **{name: progress[name] for name in PROGRESS}))
+            model=model.state_dict(), model_config=vars(model.config), tokenizer=tok.arguments,
+            finetuning=vars(args), pretraining=pretraining, results=results, **{
+                key: progress[key] for key in ("step", "curve", "losses", "optimizer", "scaler")}))
 
     progress = saved
     if not saved or saved["step"] < args.max_steps:
@@ -391,7 +387,7 @@ def main(argv=None):
         if argv == ["book"]:
             print("\n\n".join(write_book(np.random.default_rng(1), 6, 2, "test")))
         else:
-            evaluate(*parse_args(argv))
+            evaluate(parse_args(argv))
 
 
 if __name__ == "__main__":

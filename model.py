@@ -49,8 +49,7 @@ from pickle import UnpicklingError
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
-                                    create_selective_checkpoint_contexts)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scan import is_sealed, one_line, scan
 
@@ -76,7 +75,7 @@ class ModelConfig:
         if self.arch not in MIXERS:
             raise ValueError(f"arch {self.arch!r} is unknown; choose one of {', '.join(MIXERS)}")
         if self.conv_width < (self.arch == "hawk"):
-            raise ValueError(f"conv_width is {self.conv_width}; Hawk needs 1 or more, others 0")
+            raise ValueError(f"conv_width is {self.conv_width}; it must be 0 or more, Hawk's 1")
         if self.arch == "transformer" and self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model {self.d_model} does not divide into {self.n_head} heads of "
                              f"even size; change n_head or d_model")
@@ -306,24 +305,19 @@ MIXERS = {"gated_ssm": GatedSSM, "hawk": Hawk, "transformer": Attention}
 # to a half (compiled) of what it would.
 
 aten = torch.ops.aten
-KEPT = {aten.mm.default, aten.addmm.default, torch.ops.birdie.scan.default,
+KEPT = [aten.mm.default, aten.addmm.default, torch.ops.birdie.scan.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default}
+        aten._scaled_dot_product_cudnn_attention.default]
 # torch warns of writing in place; nothing here does
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 LOSS_TOKENS = 4096      # whose logits are in float32 at the same time
 
 
-def policy(ctx, operator, *args, **kwargs):
-    keep = operator in KEPT
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def lean(function, *args):
     """function(*args), whose backward (once) computes again what is not in KEPT."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=partial(create_selective_checkpoint_contexts, policy))
+                      context_fn=partial(create_selective_checkpoint_contexts, KEPT))
 
 
 # ---- the language model ------------------------------------------------------------------------

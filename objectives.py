@@ -26,7 +26,7 @@ Our choices, where the paper is silent or we differ
                 T / 8; prefix LM is split at three quarters, as in UL2
     selective   a delimiter is lengthened until its question has exactly one answer; what questions
     copying     take beyond the usual is cut off the ends of the context; the spans are at most half
-                of it, so at T = 128 a span has 4 to 24 tokens, not 4 to 32
+                of it, so in short contexts they are shorter than the paper's 4 to 32 tokens
     a shuffle   is one random cycle: every token that is to move does move
 """
 import atexit

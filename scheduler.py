@@ -92,7 +92,7 @@ def check_saved(state: dict, name: str, arms: Sequence) -> None:
     if saved != names:
         differ = ", ".join(sorted(set(saved) ^ set(names))[:3]) or "their order"
         raise ValueError(f"the saved scheduler has {len(saved)} arms, this one {len(names)}, and "
-                         f"they differ in {differ}; resume with the saved --block_size")
+                         f"they differ in {differ}; resume it with the code it was made with")
 
 
 # ---- fixed mixtures (A.6, table 6) ---------------------------------------------------------------

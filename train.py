@@ -4,7 +4,7 @@
              batch(seed, rank, step, action)         -> loss -> AdamW, clipped, warm-up and cosine
 
 Run it:  python train.py                                a small model learns to look things up
-         torchrun --nproc_per_node=4 train.py --preset=gpu      the same on four GPUs
+         torchrun --nproc_per_node=4 train.py --preset=gpu      a larger one on four GPUs
          python train.py --preset=text --data=books/    your own text
          python train.py --mixture=ntp --out_dir=ntp    a causal model, next token prediction only
          python train.py --out_dir=out --resume         go on from the last checkpoint
@@ -12,7 +12,7 @@ Run it:  python train.py                                a small model learns to 
 
 A run folder holds ckpt.pt, whole at any moment and with a checksum, and log.jsonl, one JSON object
 a line: the configuration, then lines with `train_loss`, and for each evaluation one with
-`mean_loss`, and `loss_`, `accuracy_`, `reward_` and `share_` of every class:
+`mean_loss`, and `loss_`, `accuracy_`, `reward_` and `share_` of every class, `arm_` of every arm:
 `pd.read_json("out/log.jsonl", lines=True)`. A batch depends on nothing but (seed, rank, step,
 action), so a resumed run sees the batches that an uninterrupted one would, and on one CPU thread
 ends with the same weights, bit for bit.
@@ -101,7 +101,7 @@ def shared_flags(usage):
 
 
 def parse_args(argv):
-    """-> (settings, the checkpoint to go on from or None)."""
+    """-> settings; of a resumed run those that it was saved with."""
     parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
     flag("--init_from", help="checkpoint whose weights, sizes and vocabulary a run begins with")
@@ -137,7 +137,7 @@ def parse_args(argv):
     if args.resume:
         path = os.path.join(args.out_dir, "ckpt.pt")
         saved = load_checkpoint(path, "step", "config", "data", "losses", "optimizer", "scheduler")
-        return resumed(parser, argv, saved["config"], path, MAY_CHANGE), saved
+        return resumed(parser, argv, saved["config"], path, MAY_CHANGE)
     sizes = PRESETS[args.preset]
     depth = sizes["n_layer"].get(args.arch, sizes["n_layer"]["gated_ssm"])
     parser.set_defaults(**{**sizes, "n_layer": depth})
@@ -146,7 +146,7 @@ def parse_args(argv):
         known = {name: x for name, x in begun["model_config"].items() if hasattr(args, name)}
         parser.set_defaults(**known, tokenizer=begun["tokenizer"]["name"],
                             block_size=8 * begun["tokenizer"]["n_masks"])
-    return parser.parse_args(argv), None
+    return parser.parse_args(argv)
 
 
 def resumed(parser, argv, config, path, may_change):
@@ -198,6 +198,7 @@ def settle(args):
                   if compiler else f"there is no {'Triton' if on_gpu else 'C++ compiler'}")
     backend, why = scan.backend(args.device)
     print(f"compile  {args.compile} ({reason}); scan: {backend}" + f" ({why})" * bool(why))
+    keep_freed_memory()
 
 
 def cpu_has_bfloat16():
@@ -316,14 +317,13 @@ class Learner:
                                            enabled=args.dtype == "float16")
         self.model, self.rows, self.skipped = model, None, 0
         self.is_sharded = hasattr(next(model.parameters()), "full_tensor")
-        if args.compile == "yes":
+        if args.compile == "yes" and self.is_sharded:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        elif args.compile == "yes":
             torch._dynamo.config.optimize_ddp = False       # it would cut the graph in pieces
             self.model = torch.compile(model, dynamic=False)
-        if self.is_sharded:             # compiled block by block
-            self.model = model
-            for block in model.blocks if args.compile == "yes" else ():
-                block.compile(dynamic=False)
-        elif processes()[1] > 1:
+        if processes()[1] > 1 and not self.is_sharded:
             self.model = DistributedDataParallel(self.model)
 
     def step(self, batch, lr):
@@ -390,7 +390,7 @@ class Learner:
                     raise ValueError(f"torch.compile fails here ({scan.one_line(error)}); pass "
                                      f"--compile=no")
                 print(f"compile  no: it failed ({scan.one_line(error)}); was a run killed in its "
-                      f"first step, remove {os.environ.get('TORCHINDUCTOR_CACHE_DIR')} once")
+                      f"first step, remove torch's cache once (TORCHINDUCTOR_CACHE_DIR)")
                 self.model = self.raw
                 continue
             finally:
@@ -572,15 +572,6 @@ def save_checkpoint(path, checkpoint):
         scan.seal(part)
 
 
-def finite(value):
-    """JSON knows neither nan nor infinity: None stands for them."""
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class Log:
     """log.jsonl: one JSON object a line, each written whole."""
 
@@ -604,9 +595,10 @@ class Log:
                 file.truncate(end)
 
     def write(self, **entry):
-        if self.writes:
+        if self.writes:             # JSON knows neither nan nor infinity: null stands for them
+            entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)
             with writing(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(finite(entry)) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
 
 class StopSignal:
@@ -658,10 +650,12 @@ class StopSignal:
 class Run:
     """What a run consists of: text, batches, model, optimizer, scheduler, and its folder."""
 
-    def __init__(self, args, saved):
-        self.args, self.start, resumes = args, 0, bool(saved)
+    def __init__(self, args):
+        self.args, self.start = args, 0
         self.before = None              # losses at the evaluation before
-        begun = saved or (args.init_from and load_checkpoint(args.init_from))
+        self.path = os.path.join(args.out_dir, "ckpt.pt")
+        source = self.path if args.resume else args.init_from
+        begun = load_checkpoint(source) if source else None
         self.tok = Tokenizer(**begun["tokenizer"] if begun else
                              dict(name=args.tokenizer, n_masks=args.block_size // 8))
         if self.tok.name != args.tokenizer:
@@ -676,7 +670,7 @@ class Run:
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
         self.model = LM(model_config(args, self.tok)).to(args.device)
-        if args.init_from and not saved:
+        if args.init_from and not args.resume:
             for name, value in begun["model_config"].items():
                 if value != getattr(self.model.config, name) and name != "recompute":
                     raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
@@ -690,12 +684,11 @@ class Run:
         self.learner = Learner(self.model, self.optimizer, args, args.clip)
         self.parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler,
                           scaler=self.learner.scaler)
-        if saved:
-            self.restore(saved)
-        self.path = os.path.join(args.out_dir, "ckpt.pt")
+        if args.resume:
+            self.restore(begun)
         self.log = Log(os.path.join(args.out_dir, "log.jsonl"),
-                       self.start if resumes else None)
-        if not resumes:
+                       self.start if args.resume else None)
+        if not args.resume:
             self.log.write(step=-1, config=vars(args), arms=[arm.name for arm in self.arms],
                            data=self.data, torch=torch.__version__)
 
@@ -703,24 +696,18 @@ class Run:
         if saved["data"] != self.data:
             raise ValueError(f"the run's text was {saved['data']}, and --data={self.args.data} is "
                              f"{self.data}; give it the same text, or train on this one in another "
-                             f"--out_dir with --init_from={self.args.out_dir}/ckpt.pt")
-        with fits(os.path.join(self.args.out_dir, "ckpt.pt")):
-            self.load(saved)
-        saved.clear()                   # the weights are not needed twice
-
-    def load(self, saved):
-        weights, moments = saved["model"], saved["optimizer"]["state"]
-        saved["model"] = {name: spread(weights[name], like)
-                          for name, like in self.model.state_dict().items()}
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        check_moments(self.optimizer, saved["optimizer"])
-        for k, of_weight in moments.items():
-            of_weight.update({name: spread(t, weights[k]) for name, t in of_weight.items()})
-        for name, part in self.parts.items():
-            if name in saved:           # the scaler is not in a checkpoint from before float16
+                             f"--out_dir with --init_from={self.path}")
+        with fits(self.path):
+            check_moments(self.optimizer, saved["optimizer"])
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for k, moments in saved["optimizer"]["state"].items():
+                moments.update({name: spread(t, parameters[k]) for name, t in moments.items()})
+            saved["model"] = {name: spread(saved["model"][name], like)
+                              for name, like in self.model.state_dict().items()}
+            for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-        self.start, self.before = saved["step"], saved["losses"] and np.array(saved["losses"])
-        self.action = self.scheduler.action
+            self.start, self.before = saved["step"], saved["losses"] and np.array(saved["losses"])
+            self.action = self.scheduler.action
 
     def passes(self, step):
         """How often the text has been read."""
@@ -768,25 +755,21 @@ def check_moments(optimizer, state):
             raise RuntimeError("AdamW's numbers have other shapes than the weights")
 
 
-def train(args, saved=None):
-    """The whole run, into args.out_dir; saved: a checkpoint to go on from."""
+def train(args):
+    """The whole run, into args.out_dir."""
     args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
     join_processes(args)
     rank, n_processes = processes()
     claim = claimed(args.out_dir, "ckpt.pt") if rank == 0 else nullcontext()
     with StopSignal() as stop, claim:
-        if not saved and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
+        if not args.resume and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
             raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or "
                              f"choose another --out_dir")
-        if saved:                       # as it is now that no other process changes it
-            saved.clear()               # in place: the caller's would stay in memory
-            saved.update(load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")))
         settle(args)
-        keep_freed_memory()
         torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(args.seed)
-        run = Run(args, saved)
+        run = Run(args)
         run.describe()
         take_steps(run, stop)
         if rank == 0:
@@ -870,7 +853,7 @@ def show_samples(model, tok, validation, args, longest=160):
 
 def main(argv=None):
     with errors_in_one_line():
-        train(*parse_args(argv))
+        train(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def bench_scan(args):
 # ---- a training step -----------------------------------------------------------------------------
 
 def our_model(arch):
-    sizes, _ = train.parse_args([f"--arch={arch}"])
+    sizes = train.parse_args([f"--arch={arch}"])
     return LM(train.model_config(sizes, VOCABULARY))
 
 
@@ -210,10 +210,9 @@ def main(argv):
     if unknown:
         parser.error(f"{', '.join(unknown)} is unknown; choose from {', '.join(BENCHES)}")
     torch.set_num_threads(args.threads)
-    settings, _ = train.parse_args([f"--compile={'yes' if args.compile else 'no'}"])
+    settings = train.parse_args([f"--compile={'yes' if args.compile else 'no'}"])
     try:
         train.settle(settings)                          # device and number format, as in a run
-        train.keep_freed_memory()
         args.device, args.dtype, args.compile = settings.device, settings.dtype, settings.compile
         args.rounds = 1 if args.quick else 5
         for what in args.what:

@@ -54,7 +54,7 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
     *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
 SIZES = {                               # flags of pretraining; rates of fine-tuning; test books
-    "cpu": (["--data=mixed", "--block_size=256", "--max_steps=12000", "--eval_rows=2"],
+    "cpu": (["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
             (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]),
     "gpu": (["--preset=gpu"], (1e-4, 3e-4, 1e-3),
             ["--test_entries=50,100,200,400", "--test_books=1024"])}

@@ -51,7 +51,7 @@ def describe(error):
 
 def settings(args, preset, arch):
     compiled = "auto" if args.on_gpu else "no"
-    sizes, _ = train.parse_args([f"--preset={preset}", f"--arch={arch}", f"--device={args.device}",
+    sizes = train.parse_args([f"--preset={preset}", f"--arch={arch}", f"--device={args.device}",
                                  f"--compile={compiled}", *TINY * args.quick])
     with contextlib.redirect_stdout(None):
         train.settle(sizes)
@@ -305,7 +305,7 @@ def kept_bytes(arch: str, recompute: bool, d_model: int = 512, d_state: int = 10
 
 
 def room_for_rows(preset, arch, recompute, args):
-    sizes, _ = train.parse_args([f"--preset={preset}", f"--arch={arch}"])
+    sizes = train.parse_args([f"--preset={preset}", f"--arch={arch}"])
     with FakeTensorMode():
         fixed = 16 * make_model(sizes).n_parameters()           # weights, gradients, AdamW
     widths = sizes.d_model, sizes.d_state, sizes.n_head, sizes.block_size, args.device

@@ -86,8 +86,8 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
 
     assert programs.commands == [
         *tuned(**common, seed="2", scratch="gated_ssm")[:3], ("eval_phonebook.py", score),
-        ("train.py", dict(**common, seed="1", data="mixed", block_size="256", max_steps="12000",
-                          eval_rows="2", arch="hawk", mixture="birdie")),
+        ("train.py", dict(**common, seed="1", data="mixed", max_steps="24500", eval_rows="2",
+                          arch="hawk", mixture="birdie")),
         *tuned(**common, seed="1", ckpt=f"{tmp_path}/cpu/hawk-birdie-1/ckpt.pt")]
     runs = json.loads((tmp_path / "cpu/figure1.json").read_text())
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [

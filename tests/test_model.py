@@ -370,7 +370,7 @@ def test_parameter_groups_hold_every_parameter_once_and_spare_gates_and_norms(ar
                                                ("110m", 100e6, 112e6), ("1.4b", 1.2e9, 1.4e9)])
 def test_presets_have_their_sizes_in_every_architecture(arch, preset, low, high):
     """Parameters outside embedding and head; 48, 20 and 24 blocks at the paper's size (table 7)."""
-    args, _ = parse_args([f"--preset={preset}", f"--arch={arch}"])
+    args = parse_args([f"--preset={preset}", f"--arch={arch}"])
     with torch.device("meta"):
         model = LM(model_config(args, SimpleNamespace(vocab_size=2080)))
     assert low < sum(p.numel() for p in model.blocks.parameters()) < high

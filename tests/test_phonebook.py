@@ -330,7 +330,7 @@ def test_from_scratch_no_checkpoint_is_read(causal, tmp_path):
     main(flags(**settings, **({"causal": True} if causal else {})))
     pretraining = result_of(tmp_path)["pretraining"]
     assert pretraining["mixture"] == "none" and pretraining["step"] == 0
-    assert pretraining["d_model"] == train.parse_args([])[0].d_model
+    assert pretraining["d_model"] == train.parse_args([]).d_model
     assert LM.load(tmp_path / "phonebook.pt")[0].config.causal == pretraining["causal"] == causal
 
 

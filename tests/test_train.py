@@ -190,7 +190,7 @@ def test_in_real_batches_no_label_is_seen_before_its_turn_and_no_sample_sees_ano
 
 def learner(text, dtype="float32", **sizes):
     """-> (a Learner of a small model, a batch of four rows with 1, 8, 20 and 50 labels)."""
-    args, _ = parse_args(flags(**{**TINY, "data": text, "dtype": dtype, **sizes}))
+    args = parse_args(flags(**{**TINY, "data": text, "dtype": dtype, **sizes}))
     tok = Tokenizer(args.tokenizer, n_masks=8)
     torch.manual_seed(0)
     model = LM(train.model_config(args, tok))
@@ -773,15 +773,15 @@ def test_help_shows_the_default_that_a_run_takes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for name, value in vars(parse_args([])[0]).items():
+    for name, value in vars(parse_args([])).items():
         assert re.search(rf"--{name}\b[^()]*(\([^()]*\)[^()]*)*\(default: {value}\)", shown), name
 
 
 def test_a_preset_gives_defaults_and_flags_win():
-    args, saved = parse_args(["--preset=text", "--lr=0.5", "--arch=hawk"])
-    assert (args.data, args.memory, args.lr, args.n_layer, saved) == ("stdlib", 128, 0.5, 2, None)
+    args = parse_args(["--preset=text", "--lr=0.5", "--arch=hawk"])
+    assert (args.data, args.memory, args.lr, args.n_layer) == ("stdlib", 128, 0.5, 2)
     for preset in PRESETS:
-        assert set(vars(parse_args([f"--preset={preset}"])[0])) == set(vars(args))
+        assert set(vars(parse_args([f"--preset={preset}"]))) == set(vars(args))
 
 
 # ---- bad input: one line that names the remedy, and nothing written ----------------------------
