@@ -277,7 +277,7 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
             train.check_moments(optimizer, saved["optimizer"])
             optimizer.load_state_dict(saved["optimizer"])
             learner.scaler.load_state_dict(saved["scaler"])
-    batches = Loader(books, args.seed, workers=args.workers).steps(begin, args.max_steps, None)
+    batches = Loader(books, args.seed, args.workers).steps(begin, args.max_steps, None)
     bar = tqdm(batches, "fine-tuning", args.max_steps, initial=begin, unit="step",
                mininterval=0.1 if sys.stderr.isatty() else 30)
     for step, batch in enumerate(bar, begin + 1):

@@ -749,9 +749,8 @@ def kill_workers() -> None:
 class Loader:
     """The same batches as torch tensors, made ahead by worker processes that stay alive."""
 
-    def __init__(self, batches, seed: int, rank: int = 0, workers: int = 0):
-        self.seed, self.rank, self.keys = seed, rank, []
-        self.batches, self.workers = batches, workers
+    def __init__(self, batches, seed: int, workers: int = 0):
+        self.batches, self.seed, self.workers, self.keys = batches, seed, workers, []
         self.start_workers()
 
     def start_workers(self):
@@ -760,11 +759,11 @@ class Loader:
             persistent_workers=self.workers > 0, worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available())
 
-    def steps(self, start: int, stop: int, action, split: str = "train"):
+    def steps(self, start: int, stop: int, action):
         """Iterates over the batches of steps start to stop - 1; call again for another action."""
         while start < stop:
             # in place: this list is the DataLoader's sampler
-            self.keys[:] = [(self.seed, self.rank, k, action, split) for k in range(start, stop)]
+            self.keys[:] = [(self.seed, 0, k, action, "train") for k in range(start, stop)]
             try:
                 made = iter(self.loader)
                 if self.workers and threading.current_thread() is threading.main_thread():

@@ -69,16 +69,16 @@ def class_weights(arms: Sequence) -> np.ndarray:
     return np.array([1 / classes.count(cls) for cls in classes])
 
 
-def evaluation_steps(max_steps: int, apart: int = 10) -> list[int]:
+def evaluation_steps(max_steps: int) -> list[int]:
     """Training steps that begin with an evaluation, from 0 to max_steps.
 
-    The paper's for 32,000 steps (A.1), scaled; in short runs `apart` steps apart (our choice).
+    The paper's for 32,000 steps (A.1), scaled; in short runs 10 steps apart (our choice).
     """
     paper = [10, 50, 250, 500, 1000, 1500, *range(2000, 32000, 1000)]
     steps = [0]
     for step in paper:
         scaled = round(step * max_steps / 32000)
-        if steps[-1] + apart <= scaled <= max_steps - apart:
+        if steps[-1] + 10 <= scaled <= max_steps - 10:
             steps.append(scaled)
     return steps + [max_steps]
 

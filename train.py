@@ -781,7 +781,7 @@ def train(args):
 
 def take_steps(run, stop):
     args, (rank, n_processes) = run.args, processes()
-    loader = Loader(run.batches, args.seed, workers=args.workers)
+    loader = Loader(run.batches, args.seed, args.workers)
     evaluations = evaluation_steps(args.max_steps)
     with tqdm(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
               mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank > 0) as bar:

@@ -402,16 +402,16 @@ def test_a_batch_depends_on_its_arguments_only(batches):
 def test_workers_and_other_processes_make_the_same_bytes(batches):
     one_hot = np.eye(len(batches.arms))[5]
     actions = [uniform(batches)] * 4 + [one_hot] * 3
-    expected = [digest(batches.batch(3, 1, step, action, "train"))
+    expected = [digest(batches.batch(3, 0, step, action, "train"))
                 for step, action in enumerate(actions, 5)]
     for workers in (0, 1, 3):
-        loader = Loader(batches, seed=3, rank=1, workers=workers)
+        loader = Loader(batches, seed=3, workers=workers)
         found = [*loader.steps(5, 9, uniform(batches)), *loader.steps(9, 12, one_hot)]
         assert [digest(batch) for batch in found] == expected
         assert all(isinstance(array, torch.Tensor) for array in found[0].values())
     code = ("from tests.test_objectives import *; t = Tokenizer('bytes', 256); "
             "b = Batches(Corpus('stdlib', t), t, 128, 16); "
-            "print(digest(b.batch(3, 1, 5, uniform(b), 'train')))")
+            "print(digest(b.batch(3, 0, 5, uniform(b), 'train')))")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert out.stdout.split()[-1] == expected[0]
