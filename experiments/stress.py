@@ -110,10 +110,11 @@ class Run(multiprocessing.context.ForkProcess):
         return self.exitcode
 
     def ends(self, *codes, about="", orphans=False):
-        """With one of these codes and no traceback (but of orphaned workers, whose connection to it
-        is gone), alone; if it is 1, with one line of error."""
+        """With one of these codes and no traceback, alone; if it is 1, with one line of error.
+        orphans: a worker may say that its connection to a killed trainer is gone."""
         self.wait()
-        quiet = orphans or "Traceback" not in self.text()
+        lost = orphans and self.last_line().startswith("ConnectionResetError")
+        quiet = lost or "Traceback" not in self.text()
         assert self.exitcode in codes and quiet, f"not {codes}: {self}"
         if self.exitcode == 1:
             errors = [line for line in self.text().splitlines() if line.startswith("error:")]
