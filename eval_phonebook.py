@@ -18,7 +18,8 @@ Run it:  python eval_phonebook.py           fine-tune and score out/ckpt.pt -> o
          python eval_phonebook.py --help    every setting
 
 Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate
-to small models (`paper` has the paper's own, and longer rows, which our tokens need); the names.
+to small models (`paper` has the paper's own, and longer rows, which our tokens need); the names;
+books that grow: a model from which large ones alone would hide the rule finds it in small ones.
 """
 import argparse
 import itertools
@@ -49,12 +50,12 @@ QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."  
 PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}     # train.py's presets for those here
 PRESETS = {                        # cpu: the defaults below
     "cpu": dict(),
-    "gpu": dict(entries_min=50, entries_max=220, numbers_max=32, test_entries=[200],
+    "gpu": dict(entries_max=220, numbers_max=32, test_entries=[200],
                 test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000, batch_size=16,
                 block_size=16384, lr=3e-4, beta2=0.95),
-    "paper": dict(entries_min=200, entries_max=800, numbers_max=32, test_entries=[775],
-                  test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000, cooldown=0.0,
-                  batch_size=64, block_size=32768, lr=5e-5, beta2=0.95),
+    "paper": dict(entries_min=200, entries_max=800, books="uniform", numbers_max=32,
+                  test_entries=[775], test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000,
+                  cooldown=0.0, batch_size=64, block_size=32768, lr=5e-5, beta2=0.95),
 }
 SPLITS = "train", "val", "test"
 MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
@@ -76,8 +77,10 @@ def parse_args(argv):
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--entries_min", default=4, help="entries of a book in fine-tuning, uniform")
-    flag("--entries_max", default=8, help="the most that one may have")
+    flag("--entries_min", default=4, help="entries of a book in fine-tuning")
+    flag("--entries_max", default=32, help="the most that one may have")
+    flag("--books", default="growing", choices=("growing", "uniform"),
+         help="uniform: of any size from the first step on; growing: of entries_min at first")
     flag("--numbers_max", default=1, help="numbers asked for: 1 to this many, uniform")
     flag("--question", default="both", choices=("both", "after"),
          help="asked before and after the book, or only after it")
@@ -85,8 +88,8 @@ def parse_args(argv):
     flag("--test_numbers", default=[1], type=counts, help="numbers asked for in test books")
     flag("--test_books", default=512, help="for each of both; 0: no test")
     flag("--max_steps", default=1600, help="steps of fine-tuning")
-    flag("--batch_size", default=4, help="rows in a step")
-    flag("--block_size", default=768, help="tokens in a row")
+    flag("--batch_size", default=1, help="rows in a step")
+    flag("--block_size", default=3072, help="tokens in a row")
     flag("--lr", default=2e-3, help="reached after 50 steps")
     flag("--cooldown", default=0.25,
          help="last share of the steps, in which the learning rate falls to 0")
@@ -160,39 +163,44 @@ class Books:
 
     def __init__(self, tok: Tokenizer, args):
         self.tok, self.args = tok, args
-        self.largest = self.longest(args.entries_max, min(args.numbers_max, args.entries_max))
-        if self.largest > args.block_size:
-            raise ValueError(f"a book of {args.entries_max} entries takes up to {self.largest} "
-                             f"tokens, more than block_size {args.block_size}; pass --block_size="
-                             f"{self.largest} or a smaller --entries_max or --numbers_max")
 
-    def longest(self, n_entries: int, n_numbers: int) -> int:
-        """Tokens that a prompt and its answer take at most."""
         def size(text):
-            return len(self.tok.encode(text))
-        made = names("train")
+            return len(tok.encode(text))
+        made, number = names("train"), longest_number(tok)
         bare, first, last = (max(size(space + name) for name in each)
                              for space, each in (("", made[0]), (" ", made[0]), (" ", made[1])))
-        questions = 2 * size(QUESTION.format("", "below")) + 2 * size(" and")
-        return (questions + size("\n\nPhonebook:\n\n\n")
-                + n_entries * (bare + last + size(f": {longest_number(self.tok)}\n"))
-                + n_numbers * (2 * (first + last + size(","))
-                               + size(f"{longest_number(self.tok)}, ")))
+        self.frame = (2 * size(QUESTION.format("", "below")) + 2 * size(" and")
+                      + size("\n\nPhonebook:\n\n\n"))
+        self.entry = bare + last + size(f": {number}\n")
+        self.asked = 2 * (first + last + size(",")) + size(f"{number}, ")
+        largest = self.longest(args.entries_max)
+        if largest > args.block_size:
+            raise ValueError(f"a book of {args.entries_max} entries takes up to {largest} "
+                             f"tokens, more than block_size {args.block_size}; pass --block_size="
+                             f"{largest} or a smaller --entries_max or --numbers_max")
+
+    def longest(self, n_entries: int) -> int:
+        """Tokens that a prompt and its answer take at most, if most is asked for."""
+        return (self.frame + n_entries * self.entry
+                + min(n_entries, self.args.numbers_max) * self.asked)
 
     def batch(self, seed, rank, step, action=None, split="train") -> dict:
         """(B, T) arrays as objectives.lay_out gives them; `action` has no meaning here."""
         rng = np.random.default_rng([seed, rank, step, SPLITS.index(split)])
-        args, tok = self.args, self.tok
+        args, tok, most = self.args, self.tok, self.args.entries_max
+        if args.books == "growing":                 # from entries_min to entries_max
+            progress = (step + 1) / args.max_steps
+            most = round(args.entries_min * (most / args.entries_min) ** progress)
 
         def draw():
-            n_entries = int(rng.integers(args.entries_min, args.entries_max + 1))
+            n_entries = int(rng.integers(args.entries_min, most + 1))
             n_numbers = int(rng.integers(1, min(n_entries, args.numbers_max) + 1))
             prompt, answer = write_book(rng, n_entries, n_numbers, split, args.question)
             prefix, label = tok.encode(prompt), np.append(tok.encode(answer), tok.DONE)
             size = len(prefix) + len(label)
             return (0, prefix, label), size, size
 
-        packed = pack(args.batch_size, args.block_size, self.largest, draw)
+        packed = pack(args.batch_size, args.block_size, self.longest(most), draw)
         return lay_out([[book for book, _ in row] for row in packed], args.block_size, tok)
 
     def __getitem__(self, key):

@@ -32,7 +32,7 @@ def flags(**settings):
 
 
 def make_books(**settings):
-    return Books(TOK, types.SimpleNamespace(**{**TINY, "question": "both", **settings}))
+    return Books(TOK, types.SimpleNamespace(**{**TINY, "question": "both", "books": "uniform", **settings}))
 
 
 def a_book(seed=0, n_entries=8, n_numbers=3, split="test", question="both"):
@@ -152,8 +152,23 @@ def test_books_have_on_average_as_many_entries_as_was_asked(monkeypatch):
     assert abs(numbers.mean() - 1.5) < 4 * (0.25 / len(written)) ** 0.5
 
 
+def test_growing_books_begin_with_the_fewest_entries_and_end_with_any_number():
+    books = make_books(entries_min=4, entries_max=32, numbers_max=1, block_size=1024,
+                       books="growing", max_steps=100)
+
+    def smallest_and_largest(step):
+        rows = [row for seed in range(60) for row in books.batch(seed, 0, step)["tokens"]]
+        text = "".join(map(TOK.decode, rows))
+        sizes = [len(entries_of(book)) for book in text.split("Phonebook:")[1:]]
+        return min(sizes), max(sizes)
+
+    assert smallest_and_largest(0) == (4, 4)
+    assert smallest_and_largest(49) == (4, 11)                  # 4 sqrt(32 / 4), rounded
+    assert smallest_and_largest(99) == (4, 32)
+
+
 def test_no_book_is_longer_than_the_bound_and_one_that_may_not_fit_is_refused(monkeypatch):
-    bound = make_books(block_size=4096).longest(12, 4)
+    bound = make_books(block_size=4096, numbers_max=4).longest(12)
 
     def size(seed, n_numbers=4):
         return sum(len(TOK.encode(text)) for text in a_book(seed, 12, n_numbers)) + 1
@@ -167,7 +182,7 @@ def test_no_book_is_longer_than_the_bound_and_one_that_may_not_fit_is_refused(mo
     costly = [[max(each, key=lambda name: len(TOK.encode(space + name)))] * 4   # where they stand
               for each, space in zip(names("train"), ("", " "))]
     monkeypatch.setattr(pb, "names", lambda split: costly)
-    bound = make_books(block_size=4096).longest(12, 1)
+    bound = make_books(block_size=4096, numbers_max=1).longest(12)
     assert all(size(seed, 1) <= bound for seed in range(20))
 
 
