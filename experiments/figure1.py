@@ -272,7 +272,8 @@ def plot(found, picture):
         lines["chance"] = axis.axhline(0.1, color="black", linestyle=":", lw=1)
         axis.yaxis.set_major_formatter("{x:.0%}")
     axes[-1, 0].set_xlabel("entries of an unseen phone book")
-    axes[-1, 1].set_xlabel("step of fine-tuning")
+    asked = sorted({run["config"]["entries_max"] for run in found})
+    axes[-1, 1].set_xlabel(f"step of fine-tuning (books of {', '.join(map(str, asked))} entries)")
     order = [name for _, name, _, _ in PRETRAINING.values() if name in lines] + ["chance"]
     figure.legend([lines[name] for name in order], order, loc="outside right upper",
                   title="pretraining", alignment="left", frameon=False)
