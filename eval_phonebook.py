@@ -19,7 +19,7 @@ Run it:  python eval_phonebook.py           fine-tune and score out/ckpt.pt -> o
 
 Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps and learning rate
 to small models (`paper` has the paper's own, and longer rows, which our tokens need); the names;
-books that grow: a model from which large ones alone would hide the rule finds it in small ones.
+books that grow, as large ones alone hide what is to be learnt.
 """
 import argparse
 import itertools
