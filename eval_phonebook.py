@@ -169,6 +169,7 @@ class Books:
         made, number = names("train"), longest_number(tok)
         bare, first, last = (max(size(space + name) for name in each)
                              for space, each in (("", made[0]), (" ", made[0]), (" ", made[1])))
+        # tokens at most: beside entries and names, of an entry, of a number asked for
         self.frame = (2 * size(QUESTION.format("", "below")) + 2 * size(" and")
                       + size("\n\nPhonebook:\n\n\n"))
         self.entry = bare + last + size(f": {number}\n")
@@ -180,7 +181,7 @@ class Books:
                              f"{largest} or a smaller --entries_max or --numbers_max")
 
     def longest(self, n_entries: int) -> int:
-        """Tokens that a prompt and its answer take at most, if most is asked for."""
+        """Tokens that a prompt and its answer take at most."""
         return (self.frame + n_entries * self.entry
                 + min(n_entries, self.args.numbers_max) * self.asked)
 

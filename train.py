@@ -152,6 +152,9 @@ def parse_args(argv):
 def resumed(parser, argv, config, path, may_change):
     """The saved settings; a flag that contradicts one is an error, unless it may change."""
     args = parser.parse_args(argv, argparse.Namespace(**config))
+    if unknown := sorted(vars(args).keys() - config.keys()):
+        raise ValueError(f"{path} is of another version, which has no {', '.join(unknown)}; go on "
+                         f"with the code it was made with, or start anew in another --out_dir")
     for name, value in config.items():
         if getattr(args, name) == "auto":       # as it was settled on then
             setattr(args, name, value)

@@ -32,7 +32,8 @@ def flags(**settings):
 
 
 def make_books(**settings):
-    return Books(TOK, types.SimpleNamespace(**{**TINY, "question": "both", "books": "uniform", **settings}))
+    plain = {"question": "both", "books": "uniform"}
+    return Books(TOK, types.SimpleNamespace(**{**TINY, **plain, **settings}))
 
 
 def a_book(seed=0, n_entries=8, n_numbers=3, split="test", question="both"):
@@ -314,6 +315,14 @@ def test_fine_tuning_stopped_and_resumed_ends_with_the_same_bits(run, tmp_path, 
     assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
     assert result_of(tmp_path / "whole")["curve"] == result_of(tmp_path / "parts")["curve"]
     assert result_of(tmp_path / "whole")["results"] == result_of(tmp_path / "parts")["results"]
+
+
+def test_a_setting_that_an_older_version_lacks_is_not_filled_in(run, tmp_path):
+    saved = load_checkpoint(run / "phonebook.pt")
+    del saved["finetuning"]["books"]
+    train.save_checkpoint(str(tmp_path / "phonebook.pt"), saved)
+    with pytest.raises(SystemExit, match="is of another version, which has no books; go on with"):
+        main(flags(out_dir=tmp_path, resume=True))
 
 
 def test_asked_only_after_the_book_the_question_stands_nowhere_else():
