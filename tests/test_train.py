@@ -49,7 +49,7 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     sources = [open(os.path.join(ROOT, name)).read() for name in ("model.py", "objectives.py")]
     odd = "\0 one endless line \u00e9\U0001f600 " * 500
-    path.write_text("".join([*sources, odd]))
+    path.write_text("".join([*sources, odd]), encoding="utf-8")
     return str(path)
 
 
