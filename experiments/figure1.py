@@ -5,16 +5,17 @@
     python experiments/figure1.py draw experiments/figure1.json OUT.png       what was measured
 
 A run is named ARCHITECTURE-PRETRAINING-SEED. Its folder in --out_dir holds ckpt.pt, a folder for
-each rate of fine-tuning, and log.txt with all that was printed. The rate with the most digits right
-on validation books is scored on test books. The same command goes on where an earlier one stopped
-and leaves alone what is done. After each run figure1.json holds all that are there; at the end come
-a markdown table and figure1.png.
+each way to fine-tune (the fewest entries of a book, the rate), and log.txt with all that was
+printed. The rate with the most digits right on validation books is scored on test books. The same
+command goes on where an earlier one stopped and leaves alone what is done. After each run
+figure1.json holds all that are there; at the end come a markdown table and figure1.png.
 
 The number of threads changes how sums are rounded, and so the result; with several, the same
 command need not give it twice. The runs of experiments/figure1.json had one thread each.
 """
 import ctypes
 import fnmatch
+import itertools
 import json
 import os
 import signal
@@ -59,11 +60,15 @@ SIZES = {                               # flags of pretraining; rates of fine-tu
     "gpu": (["--preset=gpu"], (1e-4, 3e-4, 1e-3),
             ["--test_entries=50,100,200,400", "--test_books=1024"])}
 
+STARTS = 4, 2                           # entries of the first books in fine-tuning
+
 
 def parse_args(argv):
     parser, flag = command_line("python experiments/figure1.py [--FLAG=VALUE ...]")
     flag("--out_dir", default="figure1", help="holds a folder of runs for each preset")
     flag("--preset", default="cpu", choices=SIZES, help="size of models and books")
+    flag("--entries_min", default=4, choices=STARTS,
+         help="entries of the first books in fine-tuning; from 2 on it is easier")
     flag("--only", default="*", help="runs that match a pattern; several, with commas")
     flag("--jobs", default=1 if torch.cuda.is_available() else cores(),
          help="runs at a time; they share the cores")
@@ -83,27 +88,28 @@ def cores():
 
 # ---- running what is missing ---------------------------------------------------------------------
 
-def commands(name, folder, preset):
+def commands(name, folder, args):
     """A run's programs with their flags, one after the other; those that are done are left out."""
     arch, kind, seed = RUNS[name]
-    pretraining, rates, books = SIZES[preset]
+    pretraining, rates, books = SIZES[args.preset]
+    folders = [f"{folder}/{args.entries_min}-{rate}" for rate in rates]
     common = [f"--seed={seed}", "--workers=0"]
     source = [f"--ckpt={folder}/ckpt.pt"]
     if kind == "none":
         source = [f"--scratch={arch}"]
-    elif not any(read(f"{folder}/{rate}/phonebook.json") for rate in rates):
+    elif not any(read(f"{tuned}/phonebook.json") for tuned in folders):
         # repeats the last evaluation of a run that is over
         there = os.path.exists(f"{folder}/ckpt.pt")
         yield ["train.py", *pretraining, f"--arch={arch}", f"--out_dir={folder}",
                *PRETRAINING[kind][0], *common, *["--resume"] * there]
-    for rate in rates:
-        out_dir = f"{folder}/{rate}"
-        if not read(f"{out_dir}/phonebook.json"):
-            there = os.path.exists(f"{out_dir}/phonebook.pt")
-            yield ["eval_phonebook.py", f"--preset={preset}", *source, f"--lr={rate}",
-                   f"--out_dir={out_dir}", "--test_books=0", *common, *["--resume"] * there]
-    best = max(rates, key=lambda rate: validation(read(f"{folder}/{rate}/phonebook.json")))
-    yield ["eval_phonebook.py", f"--out_dir={folder}/{best}", "--resume", *books]
+    for tuned, rate in zip(folders, rates):
+        if not read(f"{tuned}/phonebook.json"):
+            there = os.path.exists(f"{tuned}/phonebook.pt")
+            yield ["eval_phonebook.py", f"--preset={args.preset}", *source, f"--lr={rate}",
+                   f"--entries_min={args.entries_min}", f"--out_dir={tuned}", "--test_books=0",
+                   *common, *["--resume"] * there]
+    best = max(folders, key=lambda tuned: validation(read(f"{tuned}/phonebook.json")))
+    yield ["eval_phonebook.py", f"--out_dir={best}", "--resume", *books]
 
 
 def read(path):
@@ -114,6 +120,7 @@ def read(path):
         try:
             found = json.load(file)
             found["curve"][-1]["digits"], found["results"], found["config"]["lr"]
+            found["config"]["entries_min"]
         except (IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no result of eval_phonebook.py ({type(error).__name__}); "
                              f"remove it")
@@ -138,7 +145,7 @@ def run_one(name, args, threads):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(os.path.join(folder, "log.txt"), "a+", errors="replace") as log:
         tqdm.write(f"{name} writes {log.name}")
-        for program, *flags in commands(name, folder, args.preset):
+        for program, *flags in commands(name, folder, args):
             begin, command = time.time(), [sys.executable, os.path.join(ROOT, program), *flags]
             code = subprocess.run(command, stdout=log, stderr=log, env=environment,
                                   preexec_fn=end_with_parent).returncode
@@ -153,7 +160,8 @@ def run_one(name, args, threads):
 
 def run_missing(args):
     """Make what --only asks for and is not there -> the results of all that are there."""
-    there = {"{arch}-{pretrained}-{seed}".format(**run) for run in collect(args)}
+    there = {"{arch}-{pretrained}-{seed}".format(**run) for run in collect(args)
+             if run["config"]["entries_min"] == args.entries_min}
     wanted = [name for name in RUNS if any(fnmatch.fnmatch(name, each) for each in args.only)]
     missing = [name for name in wanted if name not in there]
     jobs = max(1, min(args.jobs, len(missing)))
@@ -176,8 +184,8 @@ def collect(args):
     n_entries = sorted(map(int, entries.split("=")[1].split(",")))
     n_books = int(books.split("=")[1])
     found = []
-    for name, (arch, kind, seed) in RUNS.items():
-        tried = [read(os.path.join(args.out_dir, name, str(rate), "phonebook.json"))
+    for (name, (arch, kind, seed)), start in itertools.product(RUNS.items(), STARTS):
+        tried = [read(os.path.join(args.out_dir, name, f"{start}-{rate}", "phonebook.json"))
                  for rate in rates]
         best = max(tried, key=validation) if all(tried) else dict(results=())
         best["results"] = sorted(
@@ -211,11 +219,14 @@ def load(path):
 
 
 def by_arm(found):
-    """{(architecture, pretraining): its runs}, in the order of the legend."""
-    arms = {(arch, kind): [] for arch in ARCHITECTURES for kind in PRETRAINING}
-    for run in found:
-        arms[run["arch"], run["pretrained"]].append(run)
-    return {arm: runs for arm, runs in arms.items() if runs}
+    """{(architecture, entries of the first books): {pretraining: its runs}}, in this order."""
+    arms = {}
+    for arch, start, kind in itertools.product(ARCHITECTURES, STARTS, PRETRAINING):
+        runs = [run for run in found if (arch, start, kind) == (
+            run["arch"], run["config"]["entries_min"], run["pretrained"])]
+        if runs:
+            arms.setdefault((arch, start), {})[kind] = runs
+    return arms
 
 
 def reached(run, share):
@@ -228,10 +239,11 @@ def show_table(found):
     """Markdown; a value for each seed."""
     entries = sorted({each["n_entries"] for run in found for each in run["results"]
                       if each["n_numbers"] == 1})
-    print("\n| model | pretraining | seeds | rate | steps to 50%, 90% | "
-          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (5 + len(entries)) + "|")
-    for (arch, kind), runs in by_arm(found).items():
-        cells = [ARCHITECTURES[arch], PRETRAINING[kind][1],
+    print("\n| model | books from | pretraining | seeds | rate | steps to 50%, 90% | "
+          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (6 + len(entries)) + "|")
+    for arch, start, kind, runs in ((*panel, *arm) for panel, arms in by_arm(found).items()
+                                    for arm in arms.items()):
+        cells = [ARCHITECTURES[arch], str(start), PRETRAINING[kind][1],
                  ", ".join(str(run["seed"]) for run in runs),
                  ", ".join(f"{run['config']['lr']:g}" for run in runs),
                  "; ".join(f"{reached(run, 0.5)}, {reached(run, 0.9)}" for run in runs)]
@@ -250,22 +262,22 @@ def plot(found, picture):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib, then draw again")
-    archs = [arch for arch in ARCHITECTURES if any(run["arch"] == arch for run in found)]
-    figure, axes = plt.subplots(len(archs), 2, figsize=(9.5, 0.4 + 3.6 * len(archs)),
+    panels, lines = by_arm(found), {}
+    figure, axes = plt.subplots(len(panels), 2, figsize=(9.5, 0.4 + 3.6 * len(panels)),
                                 layout="constrained", squeeze=False, sharex="col", sharey=True)
-    lines = {}
-    for (arch, kind), runs in by_arm(found).items():
-        _, label, color, width = PRETRAINING[kind]
-        asked = [[each for each in run["results"] if each["n_numbers"] == 1] for run in runs]
-        for axis, x, series in zip(axes[archs.index(arch)], ("n_entries", "step"),
-                                   (asked, [run["curve"] for run in runs])):
-            values = np.array([[point["digits"] for point in each] for each in series])
-            at = [point[x] for point in series[0]]
-            lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, zorder=1 + width,
-                                      marker="o" * (x == "n_entries"), ms=2 * width)
-            axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-    for arch, (left, right) in zip(archs, axes):
-        left.set(ylabel=f"{ARCHITECTURES[arch]}: digits right", ylim=(0, 1.02))
+    for ((arch, start), arms), (left, right) in zip(panels.items(), axes):
+        for kind, runs in arms.items():
+            _, label, color, width = PRETRAINING[kind]
+            asked = [[each for each in run["results"] if each["n_numbers"] == 1] for run in runs]
+            for axis, x, series in ((left, "n_entries", asked),
+                                    (right, "step", [run["curve"] for run in runs])):
+                values = np.array([[point["digits"] for point in each] for each in series])
+                at = [point[x] for point in series[0]]
+                lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, ms=2 * width,
+                                          zorder=1 + width, marker="o" * (x == "n_entries"))
+                axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+        left.set(ylabel=f"{ARCHITECTURES[arch]}, books from {start} entries:\ndigits right",
+                 ylim=(0, 1.02))
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:.0f}")
     for axis in axes.flat:

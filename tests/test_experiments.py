@@ -33,10 +33,10 @@ def one_line(main, argv, message):
 
 # ---- figure 1 ----
 
-def result_of(rate, digits, books=()):
+def result_of(start, rate, digits, books=()):
     """What eval_phonebook.py leaves: `digits` right on validation books, and at every size."""
-    return dict(config=dict(lr=rate), curve=[dict(step=800, digits=0.1),
-                                             dict(step=1600, digits=digits)],
+    return dict(config=dict(entries_min=start, lr=rate),
+                curve=[dict(step=800, digits=0.1), dict(step=1600, digits=digits)],
                 results=[dict(n_entries=n, n_numbers=1, books=1024, digits=digits, exact=0.5)
                          for n in books])
 
@@ -59,9 +59,9 @@ class Programs:
         folder.mkdir(exist_ok=True)
         (folder / ("ckpt.pt" if program == "train.py" else "phonebook.pt")).touch()
         if program == "eval_phonebook.py":
-            rate = float(folder.name)           # 2e-3 is the best
+            start, rate = map(float, folder.name.split("-"))        # the rate 2e-3 is the best
             books = map(int, flags["test_entries"].split(",")) if "test_entries" in flags else ()
-            found = result_of(rate, 0.9 if rate == 2e-3 else 0.8, books)
+            found = result_of(start, rate, 0.9 if rate == 2e-3 else 0.8, books)
             (folder / "phonebook.json").write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, 0)
 
@@ -81,7 +81,8 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
     score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
 
     def tuned(**source):
-        return [("eval_phonebook.py", {**source, "preset": "cpu", "lr": rate, "test_books": "0"})
+        return [("eval_phonebook.py", {**source, "preset": "cpu", "lr": rate, "test_books": "0",
+                                        "entries_min": "4"})
                 for rate in ("0.001", "0.002", "0.004")] + [("eval_phonebook.py", score)]
 
     assert programs.commands == [
@@ -112,21 +113,24 @@ def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tm
     assert ran() == "pfffF" + "p"
     out = capsys.readouterr().out
     assert f"train.py failed with exit code 3; {ntp / 'log.txt'} ends: error: no luck" in out
-    programs.fails = "eval_phonebook.py", "0.002"
+    programs.fails = "eval_phonebook.py", "4-0.002"
     one_line(figure1.main, command, "1 of 1 runs failed")
     assert ran() == "pff"
-    (ntp / "0.002").mkdir()
-    (ntp / "0.002/phonebook.pt").touch()        # as if it had been stopped
+    (ntp / "4-0.002").mkdir()
+    (ntp / "4-0.002/phonebook.pt").touch()        # as if it had been stopped
     programs.fails = ()
     figure1.main(command)
     assert ran() == "FfF"                       # the second rate goes on
     figure1.main(command)
     assert ran() == ""
+    figure1.main([*command, "--entries_min=2"])
+    assert ran() == 2 * "PfffF"                 # from the same checkpoints
     table = capsys.readouterr().out
-    assert re.search(r"\| Gated SSM \| next token prediction \| 1 \| 0.002 \| 1,600, 1,600 "
+    assert re.search(r"\| Gated SSM \| 4 \| next token prediction \| 1 \| 0.002 \| 1,600, 1,600 "
                      r"(\| 90.0% ){6}\|", table)
-    (ntp / "0.001/phonebook.json").write_text("[1]")
-    one_line(figure1.main, command, "0.001/phonebook.json is no result of eval_phonebook.py")
+    assert "| Gated SSM | 2 | Birdie |" in table
+    (ntp / "4-0.001/phonebook.json").write_text("[1]")
+    one_line(figure1.main, command, "4-0.001/phonebook.json is no result of eval_phonebook.py")
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -142,7 +146,7 @@ def test_figure_1_says_in_one_line_what_is_wrong(argv, message):
 def test_figure_1_is_drawn_from_what_was_measured(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     figure1.main(["draw", str(EXPERIMENTS / "figure1.json"), str(tmp_path / "figure1.png")])
-    assert "| Gated SSM | Birdie | 1" in capsys.readouterr().out
+    assert "| Gated SSM | 4 | Birdie | 1" in capsys.readouterr().out
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
 
 
