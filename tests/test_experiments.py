@@ -15,6 +15,7 @@ import pytest
 
 import eval_phonebook
 from scheduler import Birdie
+from train import replacing
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 sys.path.append(str(EXPERIMENTS))
@@ -62,7 +63,8 @@ class Programs:
             start, rate = map(float, folder.name.split("-"))        # the rate 2e-3 is the best
             books = map(int, flags["test_entries"].split(",")) if "test_entries" in flags else ()
             found = result_of(start, rate, 0.9 if rate == 2e-3 else 0.8, books)
-            (folder / "phonebook.json").write_text(json.dumps(found))
+            with replacing(str(folder / "phonebook.json")) as part:
+                Path(part).write_text(json.dumps(found))
         return subprocess.CompletedProcess(command, 0)
 
 
