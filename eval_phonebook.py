@@ -77,8 +77,8 @@ def parse_args(argv):
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--entries_min", default=4, help="entries of a book in fine-tuning")
-    flag("--entries_max", default=32, help="the most that one may have")
+    flag("--entries_min", default=4, help="the fewest entries of a book; with 2 it begins easier")
+    flag("--entries_max", default=32, help="the most")
     flag("--books", default="growing", choices=("growing", "uniform"),
          help="uniform: of any size from the first step on; growing: of entries_min at first")
     flag("--numbers_max", default=1, help="numbers asked for: 1 to this many, uniform")

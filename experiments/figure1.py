@@ -1,7 +1,7 @@
 """The phone book, from nothing: pretrain, fine-tune at three rates, score the best, draw figure 1.
 
-    python experiments/figure1.py                       every run, as many at a time as cores
-    python experiments/figure1.py --only='gated_ssm-birdie-1,gated_ssm-ntp-1'       some of them
+    python experiments/figure1.py --only='gated_ssm-birdie-1,gated_ssm-ntp-1'       some runs
+    python experiments/figure1.py --preset=mixed        every run, as many at a time as cores
     python experiments/figure1.py draw experiments/figure1.json OUT.png       what was measured
 
 A run is named ARCHITECTURE-PRETRAINING-SEED. Its folder in --out_dir holds ckpt.pt, a folder for
@@ -54,19 +54,20 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
       for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
     *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
-SIZES = {                               # flags of pretraining; rates of fine-tuning; test books
-    "cpu": (["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
-            (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]),
-    "gpu": (["--preset=gpu"], (1e-4, 3e-4, 1e-3),
-            ["--test_entries=50,100,200,400", "--test_books=1024"])}
-
+SMALL = "cpu", (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]
+LARGE = "gpu", (1e-4, 3e-4, 1e-3), ["--test_entries=50,100,200,400", "--test_books=1024"]
+PRESETS = {             # name of the text, flags of pretraining; preset, rates, tests of fine-tuning
+    "tables": ("tables of numbers", [], *SMALL),
+    "mixed": ("real text and tables", ["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
+              *SMALL),
+    "gpu": ("real text", ["--preset=gpu"], *LARGE)}
 STARTS = 4, 2                           # entries of the first books in fine-tuning
 
 
 def parse_args(argv):
     parser, flag = command_line("python experiments/figure1.py [--FLAG=VALUE ...]")
     flag("--out_dir", default="figure1", help="holds a folder of runs for each preset")
-    flag("--preset", default="cpu", choices=SIZES, help="size of models and books")
+    flag("--preset", default="tables", choices=PRESETS, help="text, size of models and books")
     flag("--entries_min", default=4, choices=STARTS,
          help="entries of the first books in fine-tuning; from 2 on it is easier")
     flag("--only", default="*", help="runs that match a pattern; several, with commas")
@@ -77,7 +78,6 @@ def parse_args(argv):
     for pattern in args.only:
         if not fnmatch.filter(RUNS, pattern):
             raise ValueError(f"no run matches {pattern!r} of --only; they are {', '.join(RUNS)}")
-    args.out_dir = os.path.join(args.out_dir, args.preset)
     return args
 
 
@@ -91,7 +91,7 @@ def cores():
 def commands(name, folder, args):
     """A run's programs with their flags, one after the other; those that are done are left out."""
     arch, kind, seed = RUNS[name]
-    pretraining, rates, books = SIZES[args.preset]
+    _, pretraining, preset, rates, books = PRESETS[args.preset]
     folders = [f"{folder}/{args.entries_min}-{rate}" for rate in rates]
     common = [f"--seed={seed}", "--workers=0"]
     source = [f"--ckpt={folder}/ckpt.pt"]
@@ -105,7 +105,7 @@ def commands(name, folder, args):
     for tuned, rate in zip(folders, rates):
         if not read(f"{tuned}/phonebook.json"):
             there = os.path.exists(f"{tuned}/phonebook.pt")
-            yield ["eval_phonebook.py", f"--preset={args.preset}", *source, f"--lr={rate}",
+            yield ["eval_phonebook.py", f"--preset={preset}", *source, f"--lr={rate}",
                    f"--entries_min={args.entries_min}", f"--out_dir={tuned}", "--test_books=0",
                    *common, *["--resume"] * there]
     best = max(folders, key=lambda tuned: validation(read(f"{tuned}/phonebook.json")))
@@ -140,7 +140,7 @@ def end_with_parent():
 
 def run_one(name, args, threads):
     """Each program in a process of its own -> "", or what went wrong."""
-    folder = os.path.join(args.out_dir, name)
+    folder = os.path.join(args.out_dir, args.preset, name)
     os.makedirs(folder, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(os.path.join(folder, "log.txt"), "a+", errors="replace") as log:
@@ -161,7 +161,7 @@ def run_one(name, args, threads):
 def run_missing(args):
     """Make what --only asks for and is not there -> the results of all that are there."""
     there = {"{arch}-{pretrained}-{seed}".format(**run) for run in collect(args)
-             if run["config"]["entries_min"] == args.entries_min}
+             if (run["preset"], run["config"]["entries_min"]) == (args.preset, args.entries_min)}
     wanted = [name for name in RUNS if any(fnmatch.fnmatch(name, each) for each in args.only)]
     missing = [name for name in wanted if name not in there]
     jobs = max(1, min(args.jobs, len(missing)))
@@ -180,12 +180,13 @@ def run_missing(args):
 
 def collect(args):
     """The results that are there, of each run at its best rate -> figure1.json."""
-    _, rates, (entries, books) = SIZES[args.preset]
-    n_entries = sorted(map(int, entries.split("=")[1].split(",")))
-    n_books = int(books.split("=")[1])
     found = []
-    for (name, (arch, kind, seed)), start in itertools.product(RUNS.items(), STARTS):
-        tried = [read(os.path.join(args.out_dir, name, f"{start}-{rate}", "phonebook.json"))
+    for preset, name, start in itertools.product(PRESETS, RUNS, STARTS):
+        arch, kind, seed = RUNS[name]
+        _, _, _, rates, (entries, books) = PRESETS[preset]
+        n_entries = sorted(map(int, entries.split("=")[1].split(",")))
+        n_books = int(books.split("=")[1])
+        tried = [read(os.path.join(args.out_dir, preset, name, f"{start}-{rate}", "phonebook.json"))
                  for rate in rates]
         best = max(tried, key=validation) if all(tried) else dict(results=())
         best["results"] = sorted(
@@ -194,7 +195,8 @@ def collect(args):
             key=lambda each: each["n_entries"])
         if len(best["results"]) == len(n_entries):
             chosen_from = {each["config"]["lr"]: validation(each) for each in tried}
-            found.append(dict(arch=arch, pretrained=kind, seed=seed, tried=chosen_from, **best))
+            found.append(dict(preset=preset, arch=arch, pretrained=kind, seed=seed,
+                              tried=chosen_from, **best))
     os.makedirs(args.out_dir, exist_ok=True)
     with (train.replacing(os.path.join(args.out_dir, "figure1.json")) as part,
           open(part, "w") as file):
@@ -206,7 +208,7 @@ def collect(args):
 
 def load(path):
     """A figure1.json."""
-    needed = {"arch", "pretrained", "seed", "results", "curve", "config"}
+    needed = {"preset", "arch", "pretrained", "seed", "results", "curve", "config"}
     try:
         with open(path) as file:
             found = json.load(file)
@@ -218,15 +220,15 @@ def load(path):
     return found
 
 
-def by_arm(found):
-    """{(architecture, entries of the first books): {pretraining: its runs}}, in this order."""
-    arms = {}
-    for arch, start, kind in itertools.product(ARCHITECTURES, STARTS, PRETRAINING):
-        runs = [run for run in found if (arch, start, kind) == (
-            run["arch"], run["config"]["entries_min"], run["pretrained"])]
+def panels_of(found):
+    """{(preset, architecture, entries of the first books): {pretraining: its runs}}, in order."""
+    panels = {}
+    for *panel, kind in itertools.product(PRESETS, ARCHITECTURES, STARTS, PRETRAINING):
+        runs = [run for run in found if (*panel, kind) == (
+            run["preset"], run["arch"], run["config"]["entries_min"], run["pretrained"])]
         if runs:
-            arms.setdefault((arch, start), {})[kind] = runs
-    return arms
+            panels.setdefault(tuple(panel), {})[kind] = runs
+    return panels
 
 
 def reached(run, share):
@@ -239,19 +241,19 @@ def show_table(found):
     """Markdown; a value for each seed."""
     entries = sorted({each["n_entries"] for run in found for each in run["results"]
                       if each["n_numbers"] == 1})
-    print("\n| model | books from | pretraining | seeds | rate | steps to 50%, 90% | "
-          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (6 + len(entries)) + "|")
-    for arch, start, kind, runs in ((*panel, *arm) for panel, arms in by_arm(found).items()
-                                    for arm in arms.items()):
-        cells = [ARCHITECTURES[arch], str(start), PRETRAINING[kind][1],
-                 ", ".join(str(run["seed"]) for run in runs),
-                 ", ".join(f"{run['config']['lr']:g}" for run in runs),
-                 "; ".join(f"{reached(run, 0.5)}, {reached(run, 0.9)}" for run in runs)]
-        for n in entries:
-            digits = [each["digits"] for run in runs for each in run["results"]
-                      if (each["n_entries"], each["n_numbers"]) == (n, 1)]
-            cells.append(", ".join(f"{share:.1%}" for share in digits))
-        print("| " + " | ".join(cells) + " |")
+    print("\n| text | model | books from | pretraining | seeds | rate | steps to 50%, 90% | "
+          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (7 + len(entries)) + "|")
+    for (preset, arch, start), arms in panels_of(found).items():
+        for kind, runs in arms.items():
+            cells = [preset, ARCHITECTURES[arch], str(start), PRETRAINING[kind][1],
+                     ", ".join(str(run["seed"]) for run in runs),
+                     ", ".join(f"{run['config']['lr']:g}" for run in runs),
+                     "; ".join(f"{reached(run, 0.5)}, {reached(run, 0.9)}" for run in runs)]
+            for n in entries:
+                digits = [each["digits"] for run in runs for each in run["results"]
+                          if (each["n_entries"], each["n_numbers"]) == (n, 1)]
+                cells.append(", ".join(f"{share:.1%}" for share in digits))
+            print("| " + " | ".join(cells) + " |")
 
 
 def plot(found, picture):
@@ -262,10 +264,10 @@ def plot(found, picture):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib, then draw again")
-    panels, lines = by_arm(found), {}
+    panels, lines = panels_of(found), {}
     figure, axes = plt.subplots(len(panels), 2, figsize=(9.5, 0.4 + 3.6 * len(panels)),
                                 layout="constrained", squeeze=False, sharex="col", sharey=True)
-    for ((arch, start), arms), (left, right) in zip(panels.items(), axes):
+    for ((preset, arch, start), arms), (left, right) in zip(panels.items(), axes):
         for kind, runs in arms.items():
             _, label, color, width = PRETRAINING[kind]
             asked = [[each for each in run["results"] if each["n_numbers"] == 1] for run in runs]
@@ -276,8 +278,9 @@ def plot(found, picture):
                 lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, ms=2 * width,
                                           zorder=1 + width, marker="o" * (x == "n_entries"))
                 axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-        left.set(ylabel=f"{ARCHITECTURES[arch]}, books from {start} entries:\ndigits right",
-                 ylim=(0, 1.02))
+        left.set_title(f"{ARCHITECTURES[arch]}, pretrained on {PRESETS[preset][0]}, fine-tuned on "
+                       f"books from {start} entries on", loc="left", fontsize="medium")
+        left.set(ylabel="digits right", ylim=(0, 1.02))
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:.0f}")
     for axis in axes.flat:

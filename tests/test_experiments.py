@@ -77,7 +77,7 @@ def programs(monkeypatch):
 
 
 def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(programs, tmp_path):
-    figure1.main([f"--out_dir={tmp_path}", "--jobs=1",
+    figure1.main([f"--out_dir={tmp_path}", "--preset=mixed", "--jobs=1",
                   "--only=hawk-birdie-1,gated_ssm-none-2"])
     common = dict(workers="0")
     score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
@@ -91,8 +91,8 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
         *tuned(**common, seed="2", scratch="gated_ssm")[:3], ("eval_phonebook.py", score),
         ("train.py", dict(**common, seed="1", data="mixed", max_steps="24500", eval_rows="2",
                           arch="hawk", mixture="birdie")),
-        *tuned(**common, seed="1", ckpt=f"{tmp_path}/cpu/hawk-birdie-1/ckpt.pt")]
-    runs = json.loads((tmp_path / "cpu/figure1.json").read_text())
+        *tuned(**common, seed="1", ckpt=f"{tmp_path}/mixed/hawk-birdie-1/ckpt.pt")]
+    runs = json.loads((tmp_path / "figure1.json").read_text())
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
         ("none", 2e-3), ("birdie", 2e-3)]
     assert runs[0]["tried"] == {"0.001": 0.8, "0.002": 0.9, "0.004": 0.8}
@@ -100,7 +100,7 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
 
 def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):
     command = [f"--out_dir={tmp_path}", "--only=gated_ssm-birdie-1, *_ssm-ntp-1", "--jobs=1"]
-    ntp = tmp_path / "cpu/gated_ssm-ntp-1"
+    ntp = tmp_path / "tables/gated_ssm-ntp-1"
 
     def ran():
         """What has run since the last call: p and P are train.py new and resumed, f and F the
@@ -128,9 +128,9 @@ def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tm
     figure1.main([*command, "--entries_min=2"])
     assert ran() == 2 * "PfffF"                 # from the same checkpoints
     table = capsys.readouterr().out
-    assert re.search(r"\| Gated SSM \| 4 \| next token prediction \| 1 \| 0.002 \| 1,600, 1,600 "
+    assert re.search(r"\| tables \| Gated SSM \| 4 \| next token prediction \| 1 \| 0.002 \| 1,600, 1,600 "
                      r"(\| 90.0% ){6}\|", table)
-    assert "| Gated SSM | 2 | Birdie |" in table
+    assert "| tables | Gated SSM | 2 | Birdie |" in table
     (ntp / "4-0.001/phonebook.json").write_text("[1]")
     one_line(figure1.main, command, "4-0.001/phonebook.json is no result of eval_phonebook.py")
 
@@ -148,7 +148,7 @@ def test_figure_1_says_in_one_line_what_is_wrong(argv, message):
 def test_figure_1_is_drawn_from_what_was_measured(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     figure1.main(["draw", str(EXPERIMENTS / "figure1.json"), str(tmp_path / "figure1.png")])
-    assert "| Gated SSM | 4 | Birdie | 1" in capsys.readouterr().out
+    assert "| tables | Gated SSM | 4 | Birdie | 1" in capsys.readouterr().out
     assert (tmp_path / "figure1.png").stat().st_size > 10_000
 
 
