@@ -56,7 +56,7 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
 SMALL = "cpu", (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]
 LARGE = "gpu", (1e-4, 3e-4, 1e-3), ["--test_entries=50,100,200,400", "--test_books=1024"]
-PRESETS = {             # name of the text, flags of pretraining; preset, rates, tests of fine-tuning
+PRESETS = {         # name of the text, flags of pretraining; preset, rates, tests of fine-tuning
     "tables": ("tables of numbers", [], *SMALL),
     "mixed": ("real text and tables", ["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
               *SMALL),
