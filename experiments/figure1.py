@@ -54,14 +54,15 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
       for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
     *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
-SMALL = "cpu", (1e-3, 2e-3, 4e-3), ["--test_entries=4,8,16,32,64,128", "--test_books=1024"]
-LARGE = "gpu", (1e-4, 3e-4, 1e-3), ["--test_entries=50,100,200,400", "--test_books=1024"]
-PRESETS = {         # name of the text, flags of pretraining; preset, rates, tests of fine-tuning
+SMALL = "cpu", (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
+LARGE = "gpu", (1e-4, 3e-4, 1e-3), (50, 100, 200, 400)
+PRESETS = {     # name of the text, flags of pretraining; preset, rates, test sizes of fine-tuning
     "tables": ("tables of numbers", [], *SMALL),
     "mixed": ("real text and tables", ["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
               *SMALL),
     "gpu": ("real text", ["--preset=gpu"], *LARGE)}
 STARTS = 4, 2                           # entries of the first books in fine-tuning
+TEST_BOOKS = 1024                       # of each size
 
 
 def parse_args(argv):
@@ -91,7 +92,7 @@ def cores():
 def commands(name, folder, args):
     """A run's programs with their flags, one after the other; those that are done are left out."""
     arch, kind, seed = RUNS[name]
-    _, pretraining, preset, rates, books = PRESETS[args.preset]
+    _, pretraining, preset, rates, sizes = PRESETS[args.preset]
     folders = [f"{folder}/{args.entries_min}-{rate}" for rate in rates]
     common = [f"--seed={seed}", "--workers=0"]
     source = [f"--ckpt={folder}/ckpt.pt"]
@@ -109,7 +110,8 @@ def commands(name, folder, args):
                    f"--entries_min={args.entries_min}", f"--out_dir={tuned}", "--test_books=0",
                    *common, *["--resume"] * there]
     best = max(folders, key=lambda tuned: validation(read(f"{tuned}/phonebook.json")))
-    yield ["eval_phonebook.py", f"--out_dir={best}", "--resume", *books]
+    yield ["eval_phonebook.py", f"--out_dir={best}", "--resume",
+           f"--test_entries={','.join(map(str, sizes))}", f"--test_books={TEST_BOOKS}"]
 
 
 def read(path):
@@ -183,17 +185,15 @@ def collect(args):
     found = []
     for preset, name, start in itertools.product(PRESETS, RUNS, STARTS):
         arch, kind, seed = RUNS[name]
-        _, _, _, rates, (entries, books) = PRESETS[preset]
-        n_entries = sorted(map(int, entries.split("=")[1].split(",")))
-        n_books = int(books.split("=")[1])
+        *_, rates, sizes = PRESETS[preset]
         tried = [read(os.path.join(args.out_dir, preset, name, f"{start}-{rate}", "phonebook.json"))
                  for rate in rates]
         best = max(tried, key=validation) if all(tried) else dict(results=())
         best["results"] = sorted(
-            (each for each in best["results"] if each["books"] == n_books and
-             each["n_numbers"] == 1 and each["n_entries"] in n_entries),
+            (each for each in best["results"] if each["books"] == TEST_BOOKS and
+             each["n_numbers"] == 1 and each["n_entries"] in sizes),
             key=lambda each: each["n_entries"])
-        if len(best["results"]) == len(n_entries):
+        if len(best["results"]) == len(sizes):
             chosen_from = {each["config"]["lr"]: validation(each) for each in tried}
             found.append(dict(preset=preset, arch=arch, pretrained=kind, seed=seed,
                               tried=chosen_from, **best))

@@ -119,7 +119,7 @@ def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tm
     one_line(figure1.main, command, "1 of 1 runs failed")
     assert ran() == "pff"
     (ntp / "4-0.002").mkdir()
-    (ntp / "4-0.002/phonebook.pt").touch()        # as if it had been stopped
+    (ntp / "4-0.002/phonebook.pt").touch()      # as if it had been stopped
     programs.fails = ()
     figure1.main(command)
     assert ran() == "FfF"                       # the second rate goes on

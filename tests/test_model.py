@@ -423,7 +423,8 @@ def test_what_the_compiled_backward_keeps_of_a_token_in_a_layer():
         return sum(sizes.values())
 
     one, two = ((saved(n_layer, 4) - saved(n_layer, 2)) / 128 for n_layer in (1, 2))
-    assert 8_000 < two - one <= 16_500           # torch 2.13: 14,432; 2.6: 16,480
+    old = torch.__version__.startswith("2.6")       # its partitioner keeps 16,480, 2.13's 14,432
+    assert 8_000 < two - one <= (16_500 if old else 16_000)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

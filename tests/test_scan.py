@@ -358,7 +358,9 @@ def test_nvrtc_compiles_the_kernel():
     nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(n))
     known = (ctypes.c_int * n.value)()
     nvrtc.nvrtcGetSupportedArchs(known)
-    for arch in {f"sm_{number}" for number in known}.intersection(ARCHITECTURES):
+    archs = [arch for arch in ARCHITECTURES if int(arch[3:]) in known]
+    assert len(archs) >= 3                      # CUDA 12.4's knows no sm_100 and sm_120
+    for arch in archs:
         cubin = S.nvrtc_cubin(arch)
         assert cubin.startswith(b"\x7fELF") and b"birdie_lanes" in cubin
     with pytest.raises(RuntimeError, match="error: "):
