@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -87,6 +87,17 @@ def backends(args):
     return found | {"torch": None}
 
 
+@lru_cache(None)
+def example(shape, reverse):
+    """((a, x, g), (h, da, dx)), the latter by the loop in float64; with resets, and zeros."""
+    torch.manual_seed(0)
+    a, x, g = torch.rand(shape), torch.randn(shape), torch.randn(shape)
+    a = a * (torch.rand(*shape[:2], 1) > 0.1) * (torch.rand(shape) > 0.05)
+    exact = [t.double().requires_grad_() for t in (a, x)]
+    h = S.scan_loop(*exact, reverse)
+    return (a, x, g), (h.detach(), *torch.autograd.grad(h, exact, g.double()))
+
+
 def check(launch, args):
     """Largest errors of h, da and dx, each over its largest value, against the loop in float64."""
     if isinstance(launch, str):
@@ -95,15 +106,10 @@ def check(launch, args):
     if not args.quick:      # and many lanes, few lanes, so few that chunks are scanned in chunks
         shapes += [(8, 300, 1301), (4, 2048, 512), (1, 20001, 7), (16, 256, 640)]
     found = {"cases": 0, "h": 0.0, "da": 0.0, "dx": 0.0}
-    torch.manual_seed(0)
     for shape, layout, reverse in itertools.product(shapes, ("whole", "slice", "channels apart"),
                                                     (False, True)):
-        a, x, g = torch.rand(shape), torch.randn(shape), torch.randn(shape)
-        a = a * (torch.rand(*shape[:2], 1) > 0.1) * (torch.rand(shape) > 0.05)  # resets; zeros
-        exact = [t.double().requires_grad_() for t in (a, x)]
-        h = S.scan_loop(*exact, reverse)
-        want = h.detach(), *torch.autograd.grad(h, exact, g.double())
-        a, x, g = (laid_out(t, layout, args.torch_device) for t in (a, x, g))
+        given, want = example(shape, reverse)
+        a, x, g = (laid_out(t, layout, args.torch_device) for t in given)
         # as the scan divides the work; in chunks of 16 steps, a channel a lane
         for divide in [S.divide, lambda _: (16, 1)][:1 if launch is None else 2]:
             h, da, dx = got = [torch.full(shape, torch.nan, device=args.device) for _ in range(3)]
