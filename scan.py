@@ -158,16 +158,29 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
 
     i64 t = begin;
     const i64 safe = end - (STATES && end == j.T);      // the scan's first state has none before it
-    if constexpr (U > 1) for (; t + U <= safe; t += U) {        // a GPU's thread asks for U steps
-        float gate[U], in[U], before[U];                // before it uses one, or waits for each
+    if constexpr (U > 1) {              // a GPU's thread: the next U steps are on their way while
+        struct Steps { float gate[U], in[U], before[U]; } these, those;     // it works on U others
+        const auto ask = [&](Steps& s) {
 #pragma unroll
-        for (int u = 0; u < U; u++, read_on()) {
-            gate[u] = *a;
-            in[u] = *x;
-            before[u] = STATES ? *h : 0;
+            for (int u = 0; u < U; u++, read_on()) {
+                s.gate[u] = *a;
+                s.in[u] = *x;
+                s.before[u] = STATES ? *h : 0;
+            }
+        };
+        const auto use = [&](const Steps& s) {
+#pragma unroll
+            for (int u = 0; u < U; u++, write_on()) step(0, s.gate[u], s.in[u], s.before[u]);
+        };
+        const i64 n = (safe - t) / U;
+        if (n > 0) ask(these);
+        for (i64 k = 0; k < n; k += 2) {
+            if (k + 1 < n) ask(those);
+            use(these);
+            if (k + 2 < n) ask(these);
+            if (k + 1 < n) use(those);
         }
-#pragma unroll
-        for (int u = 0; u < U; u++, write_on()) step(0, gate[u], in[u], before[u]);
+        t += n * U;
     }
     for (; t < end; t++, read_on(), write_on()) {       // a CPU's thread takes all its steps here
         const bool more = STATES && t + 1 < j.T;

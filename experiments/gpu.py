@@ -5,7 +5,7 @@
     python experiments/gpu.py --device=cpu --quick      tiny sizes: does it run?
 
 A part measures rows, each on its own: what goes wrong in one is written down as its error, and the
-others go on. gpu.json is written anew after each part. Time that a part leaves unused goes to those
+others go on. gpu.json is written anew after each row. Time that a part leaves unused goes to those
 after it; a row that would begin when its part's time is over is skipped, and says so.
 """
 import contextlib
@@ -392,9 +392,10 @@ PARTS = {"kernel": (part_kernel, 90), "sanitizer": (part_sanitizer, 120), "scan"
          "decode": (part_decode, 30)}       # and its share of the time
 
 
-def measure(part, end, found, args):
+def measure(part, end, found, write, args):
     try:
         for row, function in PARTS[part][0](args):
+            write()
             if time.perf_counter() > end:
                 found[row] = "skipped: the time is over"
                 continue
@@ -440,13 +441,17 @@ def main(argv):
               "scan": " ".join(S.backend(args.device)).strip(), "arguments": argv,
               "date": datetime.datetime.now().isoformat(timespec="seconds")}
     found, args.stop = report.setdefault("parts", {}), time.perf_counter() + 60 * args.minutes
-    for i, part in enumerate(parts):
-        begin = time.perf_counter()
-        share = PARTS[part][1] / sum(PARTS[later][1] for later in parts[i:])
-        measure(part, begin + share * (args.stop - begin), found.setdefault(part, {}), args)
+
+    def write():
         with open(f"{args.out}.part", "w") as file:
             json.dump(report, file, indent=1)
         os.replace(f"{args.out}.part", args.out)
+
+    for i, part in enumerate(parts):
+        begin = time.perf_counter()
+        share = PARTS[part][1] / sum(PARTS[later][1] for later in parts[i:])
+        measure(part, begin + share * (args.stop - begin), found.setdefault(part, {}), write, args)
+        write()
         wrong = [f"{row}: {cells['error']}" for row, cells in found[part].items()
                  if isinstance(cells, dict) and "error" in cells]
         print("\n  ".join([f"{part}: {time.perf_counter() - begin:.0f} s", *wrong]), flush=True)

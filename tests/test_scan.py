@@ -347,7 +347,7 @@ def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
         assert process.returncode == 0 and "warning" not in report, report
         registers, = re.findall(r"Used (\d+) registers", report)
         print(f"{arch}: {registers} registers")
-        assert int(registers) <= 96 and "0 bytes stack frame, 0 bytes spill stores" in report
+        assert int(registers) <= 168 and "0 bytes stack frame, 0 bytes spill stores" in report
 
 
 def test_nvrtc_compiles_the_kernel():
