@@ -39,6 +39,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sysconfig
 import tempfile
@@ -154,7 +155,6 @@ PACKAGES = """numpy tqdm tiktoken regex requests urllib3 certifi charset-normali
     pluggy iniconfig packaging pygments torch sympy mpmath networkx jinja2 markupsafe fsspec
     filelock typing_extensions setuptools""".split()
 PACKAGE_TEXT = {".py", ".pyi", ".h", ".hpp", ".csv", ".md", ".txt", ".rst", ".json"}
-TABLES_IN_MIXED = 53        # makes half of its tokens
 JSON_LINES = {".jsonl", ".ndjson"}
 MARKUP = {".csv", ".tsv", ".json", ".html", ".xml", ".ipynb"}   # read as it stands
 
@@ -170,14 +170,33 @@ def package_files() -> list[Path]:
     return files
 
 
+def tables(copies: int) -> list[Path]:
+    """numpy's tables so many times, every hexadecimal digit drawn anew: what stands there can be
+    neither guessed nor learnt by heart, only looked up."""
+    files = sorted(Path(np.__file__).parent.rglob("*.csv"))
+    if not files:
+        return []
+    text = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8).copy()
+    places = np.concatenate([np.arange(*found.span(1)) for found in
+                             re.finditer(b"0x([0-9a-f]+)", text.tobytes())])
+
+    def write(folder):
+        rng, digits = np.random.default_rng(1), np.frombuffer(b"0123456789abcdef", np.uint8)
+        with open(folder / "tables.txt", "wb") as file:
+            for _ in range(copies):
+                text[places] = digits[rng.integers(16, size=len(places))]
+                file.write(text.tobytes())
+    return [kept(content(files, "tables", copies), write) / "tables.txt"]
+
+
 def find_files(data: str) -> list[Path]:
     path = Path(os.path.expanduser(data))
     if data == "packages":
         files = package_files()
     elif data == "tables":
-        files = sorted(Path(np.__file__).parent.rglob("*.csv"))
+        files = tables(15)
     elif data == "mixed":
-        files = package_files() + TABLES_IN_MIXED * find_files("tables")
+        files = package_files() + tables(53)                    # half of the tokens each
     elif data == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in sorted(path.rglob("*.py"))
@@ -192,7 +211,7 @@ def find_files(data: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
-            f"folder, tables (numpy's), stdlib (Python's), packages (what pip installed) or mixed")
+            f"folder, tables (of numbers), stdlib (Python's), packages (what pip installed) or mixed")
     return files
 
 
@@ -266,6 +285,25 @@ def content(paths, *key) -> str:
     return digest.hexdigest()[:24]
 
 
+def kept(name: str, make: Callable) -> Path:
+    """The cache's folder of that name; if it is not there, make(folder) fills it, all or nothing."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")     # no home
+    folder = cache / name
+    try:
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
+                make(Path(temp))
+                os.chmod(temp, cache.stat().st_mode & 0o777)    # others may read it, as there
+                os.replace(temp, folder)
+    except OSError as error:
+        if not folder.is_dir():                     # else another process was faster
+            raise ValueError(f"{error.filename or cache} cannot be used ({error.strerror}); "
+                             f"change that, or set XDG_CACHE_HOME to another folder") from None
+    return folder
+
+
 @lru_cache
 def mapped(path: str, dtype: str) -> np.memmap:
     return np.memmap(path, dtype, "r")  # each process maps the file; no token is sent to a worker
@@ -275,10 +313,10 @@ class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
     data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
-    (train.bin and val.bin, uint16), tables (the hexadecimal numbers that numpy brings for its own
-    tests: what stands there cannot be guessed, only looked up), stdlib (Python's source), packages
-    (the text of what pip installed beside us) or mixed (these and, as much again, tables). Text is
-    tokenised once, into nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache.
+    (train.bin and val.bin, uint16), tables (see above; 18 million tokens), stdlib (Python's
+    source), packages (the text of what pip installed beside us) or mixed (these and, as much again,
+    tables). Text is tokenised once, into nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME
+    or ~/.cache.
     size: tokens of each split; fingerprint: a digest of text and vocabulary, wherever they lie.
     Unusable data raise ValueError or FileNotFoundError.
     """
@@ -295,7 +333,8 @@ class Corpus:
                 self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
                 files = find_files(data)
                 self.fingerprint = content(files, tok.fingerprint)
-                folder = self.cached(files, tok)
+                folder = kept(self.fingerprint,
+                              lambda folder: tokenise(files, tok, folder, self.dtype))
         except PermissionError as error:
             raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change that, or "
                              f"pass other --data") from None
@@ -316,24 +355,6 @@ class Corpus:
         if top >= tok.n_text:
             raise ValueError(f"{path} holds token {top}, and {tok.name} has {tok.n_text} tokens; "
                              f"pass the --tokenizer that made it, such as gpt2")
-
-    def cached(self, files: list[Path], tok: Tokenizer) -> Path:
-        """The folder of tokens of these files, made if it is not there yet."""
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")   # no home
-        folder = cache / self.fingerprint
-        try:
-            if not folder.is_dir():
-                cache.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
-                    tokenise(files, tok, Path(temp), self.dtype)
-                    os.chmod(temp, cache.stat().st_mode & 0o777)    # others may read it, as there
-                    os.replace(temp, folder)            # all or nothing
-        except OSError as error:
-            if not folder.is_dir():                     # else another process was faster
-                raise ValueError(f"{error.filename or cache} cannot be used ({error.strerror}); "
-                                 f"change that, or set XDG_CACHE_HOME to another folder") from None
-        return folder
 
     def window(self, split: str, start: int, n: int) -> np.ndarray:
         """n tokens from `start` on, (n,) int64."""

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -545,12 +546,30 @@ def test_odd_text_is_kept_and_what_is_no_text_is_named(tok, tmp_path, capsys):
     assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
 
 
-def test_numpys_tables_are_a_corpus_of_digits(monkeypatch, tmp_path):
-    text = read("tables", Tokenizer("bpe2048", 16))
-    assert len(text) > 1_000_000 and "np.float32,0x" in text[:5000]
-    assert sum(text.count(digit) for digit in "0123456789") > 0.4 * len(text)
+def test_tables_are_numpys_with_digits_that_never_repeat(monkeypatch, tmp_path):
+    files = sorted(pathlib.Path(np.__file__).parent.rglob("*.csv"))
+    numpys = b"".join(path.read_bytes() for path in files).decode()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    path, = objectives.tables(2)
+    text = path.read_text()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert objectives.tables(2)[0].read_text() == text
+    halves = text[:len(numpys)], text[len(numpys):]
+    for half in halves:                                     # the frame is numpy's, to the byte
+        assert re.sub("0x[0-9a-f]+", lambda n: len(n[0]) * "x", half) == \
+            re.sub("0x[0-9a-f]+", lambda n: len(n[0]) * "x", numpys)
+    numbers = [re.findall("0x[0-9a-f]{8,}", half) for half in (*halves, numpys)]
+    assert len(numbers[0]) == len(numbers[2]) > 50_000
+    for one, other in itertools.combinations(map(set, numbers), 2):
+        assert len(one & other) < 10
+    drawn = "".join(number[2:] for half in numbers[:2] for number in half)
+    counts = np.array([drawn.count(digit) for digit in "0123456789abcdef"])
+    assert abs(counts / len(drawn) * 16 - 1).max() < 0.02
+
+
+def test_tables_need_numpys(monkeypatch, tmp_path):
     monkeypatch.setattr(np, "__file__", str(tmp_path / "__init__.py"))
-    with one_line("no file at 'tables'.*tables .numpy's"):
+    with one_line("no file at 'tables'.*tables .of numbers"):
         Corpus("tables", Tokenizer("bpe2048", 16))
 
 
