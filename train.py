@@ -90,13 +90,15 @@ def shared_flags(usage):
     flag("--out_dir", default="out", help="run folder")
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, help="of random weights and of the batches")
-    flag("--workers", default=1, help="processes that make batches")
+    flag("--workers", default=min(4, os.cpu_count()) if torch.cuda.is_available() else 1,
+         help="processes that make batches")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda, cuda:1 ... or mps")
     flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
          help="of matrix products; auto: what is faster here")
-    flag("--compile", default="auto", choices=("auto", "yes", "no"),
-         help="torch.compile; auto: for runs of 2 million tokens and more")
+    flag("--compile", default="auto", choices=("auto", "yes", "graphs", "no"),
+         help="torch.compile; auto: for runs of 2 million tokens and more; graphs: with CUDA graphs, "
+         "which a GPU needs to be fast with a small model")
     return parser, flag
 
 
@@ -192,6 +194,8 @@ def settle(args):
     print(f"device   {args.device}{threads}; {args.dtype} ({reason})")
 
     reason = "as given"
+    if args.compile == "graphs" and (not on_gpu or processes()[1] > 1):
+        raise ValueError("compile is 'graphs', which is for one GPU; pass --compile=yes")
     if args.compile == "auto":
         compiler = (find_spec("triton") if on_gpu else kind == "cpu" and
                     shutil.which(cpp_extension.get_cxx_compiler()))
@@ -320,12 +324,13 @@ class Learner:
                                            enabled=args.dtype == "float16")
         self.model, self.rows, self.skipped = model, None, 0
         self.is_sharded = hasattr(next(model.parameters()), "full_tensor")
-        if args.compile == "yes" and self.is_sharded:
+        if args.compile != "no" and self.is_sharded:
             for block in model.blocks:
                 block.compile(dynamic=False)
-        elif args.compile == "yes":
+        elif args.compile != "no":
             torch._dynamo.config.optimize_ddp = False       # it would cut the graph in pieces
-            self.model = torch.compile(model, dynamic=False)
+            mode = "reduce-overhead" if args.compile == "graphs" else None
+            self.model = torch.compile(model, dynamic=False, mode=mode)
         if processes()[1] > 1 and not self.is_sharded:
             self.model = DistributedDataParallel(self.model)
 

@@ -49,8 +49,8 @@ def describe(error):
     return f"{type(error).__name__}: {next((s for s in lines if 'error:' in s), lines[0]).strip()}"
 
 
-def settings(args, preset, arch):
-    compiled = "auto" if args.on_gpu else "no"
+def settings(args, preset, arch, compiled="auto"):
+    compiled = compiled if args.on_gpu else "no"
     sizes = train.parse_args([f"--preset={preset}", f"--arch={arch}", f"--device={args.device}",
                                  f"--compile={compiled}", *TINY * args.quick])
     with contextlib.redirect_stdout(None):
@@ -225,11 +225,11 @@ def product_speed(args):
     return {"size": n, "TFLOP_per_s": 2e-12 * n ** 3 / seconds}
 
 
-def step_speed(make, preset, arch, product, args, choose=S.choose):
+def step_speed(make, preset, arch, product, args, choose=S.choose, compiled="auto"):
     """Of steps on random tokens; half of each row is a prefix."""
     torch._dynamo.reset()                   # or a later model would be one recompilation too many
     gc.collect()
-    sizes = settings(args, preset, arch)
+    sizes = settings(args, preset, arch, compiled)
     tokens = torch.randint(256, (sizes.batch_size, sizes.block_size))
     reset = torch.zeros_like(tokens, dtype=torch.uint8)
     reset[:, 0] = RESET_FORWARD
@@ -258,6 +258,9 @@ def part_step(args):
     """Utilisation: 6 FLOP a parameter (not embedding) and token, over a matrix product's."""
     product = product_speed(args)
     yield "bfloat16 product", lambda: product
+    for compiled in ("yes", "graphs"):
+        yield f"cpu gated_ssm, compile={compiled}", partial(
+            step_speed, make_model, "cpu", "gated_ssm", product, args, compiled=compiled)
     for preset in ("gpu", "110m"):
         for arch in MIXERS:
             yield f"{preset} {arch}", partial(step_speed, make_model, preset, arch, product, args)
@@ -395,7 +398,7 @@ PARTS = {"kernel": (part_kernel, 90), "sanitizer": (part_sanitizer, 120), "scan"
 def measure(part, end, found, write, args):
     try:
         for row, function in PARTS[part][0](args):
-            write()
+            write()                     # what came before
             if time.perf_counter() > end:
                 found[row] = "skipped: the time is over"
                 continue

@@ -589,6 +589,15 @@ def test_a_worker_that_is_killed_costs_nothing(text, tmp_path, monkeypatch, caps
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_cuda_graphs_are_asked_for_by_name(monkeypatch):
+    modes, model = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **_: modes.append(mode) or model)
+    for compile in ("yes", "graphs", "no"):
+        args = SimpleNamespace(compile=compile, device="cpu", dtype="float32")
+        train.Learner(model, torch.optim.AdamW(model.parameters()), args, clip=1.0)
+    assert modes == [None, "reduce-overhead"]
+
+
 def test_where_torch_compile_fails_the_run_goes_on_without(text, tmp_path, monkeypatch, capsys):
     def compile(model, **_):
         def call(*_):
@@ -799,7 +808,7 @@ BAD = [
     (dict(tokenizer="gpt3"), "gpt2"), (dict(tokenizer="bad.tiktoken"), "tiktoken"),
     (dict(mixture="birdy"), "birdie"), (dict(arch="no_such"), "hawk"), (dict(focus="x"), "copying"),
     (dict(device="mps"), "--device=cpu"), (dict(device="cuda"), "--device=cpu"),
-    (dict(device="tpu"), "choose cpu"),
+    (dict(device="tpu"), "choose cpu"), (dict(compile="graphs"), "--compile=yes"),
     (dict(block_size=16), "--block_size"), (dict(arch="transformer", d_model=18), "n_head"),
     (dict(max_steps=0), "from 1"), (dict(lr="nan"), "from 1e-12"), (dict(beta2=1.0), "to 0.999999"),
     (dict(lr="fast"), "--help"), (dict(n_lay=3), "--help"), (dict(out_dir="taken"), "--resume"),
