@@ -47,9 +47,10 @@ MIDDLES = "be ci da di fo ga ki la le lo ma mi mo na ni pe ra re ri ro sa si ta 
 ENDS = "bin dal den dra fer gan lan len lia lin mar mir na nel nia nor ra ren rin ron sa sen son " \
        "ta tan via vin wen win zo"
 QUESTION = "What are the phone numbers for {}? Find them in the phonebook {}."      # figure 9
-PRETRAINING = {"cpu": "cpu", "gpu": "gpu", "paper": "1.4b"}     # train.py's presets for those here
+PRETRAINING = {"cpu": "cpu", "wide": "wide", "gpu": "gpu", "paper": "1.4b"}     # train.py's presets
 PRESETS = {                        # cpu: the defaults below
     "cpu": dict(),
+    "wide": dict(max_steps=1066, batch_size=2, lr=1e-3),
     "gpu": dict(entries_max=220, numbers_max=32, test_entries=[200],
                 test_numbers=[1, 2, 4, 8, 16, 32], max_steps=1000, batch_size=16,
                 block_size=16384, lr=3e-4, beta2=0.95),

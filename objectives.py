@@ -211,7 +211,7 @@ def find_files(data: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
-            f"folder, tables (of numbers), stdlib (Python's), packages (what pip installed) or mixed")
+            f"folder, tables (of numbers), stdlib (Python's), packages (pip installed) or mixed")
     return files
 
 
@@ -286,7 +286,7 @@ def content(paths, *key) -> str:
 
 
 def kept(name: str, make: Callable) -> Path:
-    """The cache's folder of that name; if it is not there, make(folder) fills it, all or nothing."""
+    """The cache's folder of that name; where it is missing make(folder) fills it, all or nothing."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")     # no home
     folder = cache / name

@@ -64,8 +64,8 @@ from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler,
 # ---- settings ----------------------------------------------------------------------------------
 
 # Architectures have so many blocks that their parameters are alike. cpu: the defaults below, for
-# tables of numbers; text: the same model for prose and code; 1.4b: the paper's (table 7; the rate
-# is ours), whose batch is for many GPUs.
+# tables of numbers; text: the same model for prose and code; wide: real text, minutes on a GPU;
+# 1.4b: the paper's (table 7; the rate is ours), whose batch is for many GPUs.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4))
 LARGE = dict(data="packages", focus="none", block_size=2048, memory=2048, beta2=0.95, eval_rows=1,
              recompute=True)
@@ -73,6 +73,8 @@ PRESETS = {
     "cpu": SMALL,
     "text": dict(**SMALL, data="stdlib", focus="none", memory=128, batch_size=32, max_steps=4000,
                  lr=3e-3, beta2=0.95),
+    "wide": dict(**SMALL, data="packages", focus="none", d_model=512, d_state=1024, n_head=8,
+                 block_size=256, batch_size=64, max_steps=4000, lr=1e-3, eval_rows=2),
     "gpu": dict(**LARGE, n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512,
                 d_state=1024, n_head=8, batch_size=32, max_steps=3800, lr=1e-3),
     "110m": dict(**LARGE, n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768,
@@ -97,8 +99,8 @@ def shared_flags(usage):
     flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
          help="of matrix products; auto: what is faster here")
     flag("--compile", default="auto", choices=("auto", "yes", "graphs", "no"),
-         help="torch.compile; auto: for runs of 2 million tokens and more; graphs: with CUDA graphs, "
-         "which a GPU needs to be fast with a small model")
+         help="torch.compile; auto: for runs of 2 million tokens and more; graphs: with CUDA "
+         "graphs, which a GPU needs to be fast with a small model")
     return parser, flag
 
 

@@ -1,7 +1,7 @@
 """The phone book, from nothing: pretrain, fine-tune at three rates, score the best, draw figure 1.
 
     python experiments/figure1.py --only='gated_ssm-birdie-1,gated_ssm-ntp-1'       some runs
-    python experiments/figure1.py --preset=mixed        every run, as many at a time as cores
+    python experiments/figure1.py --preset=packages     every run, as many at a time as cores
     python experiments/figure1.py draw experiments/figure1.json OUT.png       what was measured
 
 A run is named ARCHITECTURE-PRETRAINING-SEED. Its folder in --out_dir holds ckpt.pt, a folder for
@@ -54,13 +54,18 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
       for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
     *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
-SMALL = "cpu", (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
-LARGE = "gpu", (1e-4, 3e-4, 1e-3), (50, 100, 200, 400)
-PRESETS = {     # name of the text, flags of pretraining; preset, rates, test sizes of fine-tuning
-    "tables": ("tables of numbers", [], *SMALL),
+RATES, SIZES = (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
+SMALL = ["--d_model=192", "--d_state=384", "--n_head=4", "--lr=2e-3"]
+PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its rates, test sizes
+    "tables": ("tables of numbers", [], [], RATES, SIZES),
     "mixed": ("real text and tables", ["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
-              *SMALL),
-    "gpu": ("real text", ["--preset=gpu"], *LARGE)}
+              [], RATES, SIZES),
+    "packages": ("real text", ["--preset=wide", *SMALL], ["--max_steps=1066", "--batch_size=2"],
+                 RATES, SIZES),
+    "wide": ("real text, 12.6 million parameters", ["--preset=wide"], ["--preset=wide"],
+             (5e-4, 1e-3, 2e-3), SIZES),
+    "gpu": ("real text, 34 million parameters", ["--preset=gpu"], ["--preset=gpu"],
+            (1e-4, 3e-4, 1e-3), (50, 100, 200, 400))}
 STARTS = 4, 2                           # entries of the first books in fine-tuning
 TEST_BOOKS = 1024                       # of each size
 
@@ -92,7 +97,7 @@ def cores():
 def commands(name, folder, args):
     """A run's programs with their flags, one after the other; those that are done are left out."""
     arch, kind, seed = RUNS[name]
-    _, pretraining, preset, rates, sizes = PRESETS[args.preset]
+    _, pretraining, finetuning, rates, sizes = PRESETS[args.preset]
     folders = [f"{folder}/{args.entries_min}-{rate}" for rate in rates]
     common = [f"--seed={seed}", "--workers=0"]
     source = [f"--ckpt={folder}/ckpt.pt"]
@@ -106,7 +111,7 @@ def commands(name, folder, args):
     for tuned, rate in zip(folders, rates):
         if not read(f"{tuned}/phonebook.json"):
             there = os.path.exists(f"{tuned}/phonebook.pt")
-            yield ["eval_phonebook.py", f"--preset={preset}", *source, f"--lr={rate}",
+            yield ["eval_phonebook.py", *finetuning, *source, f"--lr={rate}",
                    f"--entries_min={args.entries_min}", f"--out_dir={tuned}", "--test_books=0",
                    *common, *["--resume"] * there]
     best = max(folders, key=lambda tuned: validation(read(f"{tuned}/phonebook.json")))

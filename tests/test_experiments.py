@@ -83,8 +83,8 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
     score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
 
     def tuned(**source):
-        return [("eval_phonebook.py", {**source, "preset": "cpu", "lr": rate, "test_books": "0",
-                                        "entries_min": "4"})
+        return [("eval_phonebook.py", {**source, "lr": rate, "test_books": "0",
+                                       "entries_min": "4"})
                 for rate in ("0.001", "0.002", "0.004")] + [("eval_phonebook.py", score)]
 
     assert programs.commands == [
@@ -96,6 +96,9 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
         ("none", 2e-3), ("birdie", 2e-3)]
     assert runs[0]["tried"] == {"0.001": 0.8, "0.002": 0.9, "0.004": 0.8}
+    programs.commands.clear()
+    figure1.main([f"--out_dir={tmp_path}", "--preset=wide", "--only=gated_ssm-none-1"])
+    assert [flags.get("preset") for _, flags in programs.commands] == 3 * ["wide"] + [None]
 
 
 def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):
