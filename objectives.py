@@ -286,7 +286,7 @@ def content(paths, *key) -> str:
 
 
 def kept(name: str, make: Callable) -> Path:
-    """The cache's folder of that name; where it is missing make(folder) fills it, all or nothing."""
+    """The cache's folder `name`; where it is missing make(folder) fills it, all or nothing."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")     # no home
     folder = cache / name
