@@ -158,8 +158,8 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
 
     i64 t = begin;
     const i64 safe = end - (STATES && end == j.T);      // the scan's first state has none before it
-    if constexpr (U > 1) {              // a GPU's thread: the next U steps are on their way while
-        struct Steps { float gate[U], in[U], before[U]; } these, those;     // it works on U others
+    if constexpr (U > 1) {      // a GPU's thread works on U steps while the next U are on their way
+        struct Steps { float gate[U], in[U], before[U]; } even, odd;
         const auto ask = [&](Steps& s) {
 #pragma unroll
             for (int u = 0; u < U; u++, read_on()) {
@@ -172,15 +172,15 @@ LANE void walk(const Job& j, i64 b, i64 k, i64 d, int n) {
 #pragma unroll
             for (int u = 0; u < U; u++, write_on()) step(0, s.gate[u], s.in[u], s.before[u]);
         };
-        const i64 n = (safe - t) / U;
-        if (n > 0) ask(these);
-        for (i64 k = 0; k < n; k += 2) {
-            if (k + 1 < n) ask(those);
-            use(these);
-            if (k + 2 < n) ask(these);
-            if (k + 1 < n) use(those);
+        const i64 turns = (safe - t) / U;
+        if (turns > 0) ask(even);
+        for (i64 i = 0; i < turns; i += 2) {
+            if (i + 1 < turns) ask(odd);
+            use(even);
+            if (i + 2 < turns) ask(even);
+            if (i + 1 < turns) use(odd);
         }
-        t += n * U;
+        t += turns * U;
     }
     for (; t < end; t++, read_on(), write_on()) {       // a CPU's thread takes all its steps here
         const bool more = STATES && t + 1 < j.T;

@@ -92,7 +92,7 @@ def shared_flags(usage):
     flag("--out_dir", default="out", help="run folder")
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, help="of random weights and of the batches")
-    flag("--workers", default=min(4, os.cpu_count()) if torch.cuda.is_available() else 1,
+    flag("--workers", default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 1,
          help="processes that make batches")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          help="cpu, cuda, cuda:1 ... or mps")
@@ -416,6 +416,9 @@ class Learner:
             most = torch.tensor(pieces)
             dist.all_reduce(most, dist.ReduceOp.MAX)
             pieces = int(most)
+        if pieces > 1 and self.args.compile == "graphs":        # untried: gradients that add up
+            raise ValueError(f"a step is {pieces} micro-batches here, and compile=graphs takes one: "
+                             f"pass --compile=yes, or a --batch_size below {size}")
         if pieces > 1:
             print(f"memory   a step is {pieces} micro-batches of {-(-size // pieces)} rows")
         return -(-size // pieces)

@@ -598,6 +598,14 @@ def test_cuda_graphs_are_asked_for_by_name(monkeypatch):
     assert modes == [None, "reduce-overhead"]
 
 
+def test_cuda_graphs_are_refused_where_a_step_is_micro_batches(text, monkeypatch):
+    step, batch = learner(text)
+    too_large(monkeypatch, 1)
+    step.args.compile = "graphs"
+    with pytest.raises(ValueError, match="4 micro-batches .*--compile=yes"):
+        step.step(batch, 0.0)
+
+
 def test_where_torch_compile_fails_the_run_goes_on_without(text, tmp_path, monkeypatch, capsys):
     def compile(model, **_):
         def call(*_):
