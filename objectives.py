@@ -177,11 +177,11 @@ def tables(copies: int) -> list[Path]:
     files = sorted(Path(np.__file__).parent.rglob("*.csv"))
     if not files:
         return []
-    text = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8).copy()
-    places = np.concatenate([np.arange(*found.span(1)) for found in
-                             re.finditer(b"0x([0-9a-f]+)", text.tobytes())])
 
     def write(folder):
+        text = np.frombuffer(b"".join(path.read_bytes() for path in files), np.uint8).copy()
+        places = np.concatenate([np.arange(*found.span(1)) for found in
+                                 re.finditer(b"0x([0-9a-f]+)", text.tobytes())])
         rng, digits = np.random.default_rng(1), np.frombuffer(b"0123456789abcdef", np.uint8)
         with open(folder / "tables.txt", "wb") as file:
             for _ in range(copies):

@@ -417,7 +417,7 @@ class Learner:
             dist.all_reduce(most, dist.ReduceOp.MAX)
             pieces = int(most)
         if pieces > 1 and self.args.compile == "graphs":        # untried: gradients that add up
-            raise ValueError(f"a step is {pieces} micro-batches here, and compile=graphs takes one: "
+            raise ValueError(f"compile is 'graphs', and a step is {pieces} micro-batches here; "
                              f"pass --compile=yes, or a --batch_size below {size}")
         if pieces > 1:
             print(f"memory   a step is {pieces} micro-batches of {-(-size // pieces)} rows")

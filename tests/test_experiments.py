@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import eval_phonebook
+import train
 from scheduler import Birdie
 from train import replacing
 
@@ -50,6 +51,9 @@ class Programs:
 
     def __call__(self, command, stdout, stderr, env, preexec_fn):
         program = os.path.basename(command[1])
+        if "--resume" not in command:                   # then it would read the checkpoint
+            module = train if program == "train.py" else eval_phonebook
+            module.parse_args(command[2:])
         flags = dict(flag[2:].partition("=")[::2] for flag in command[2:])
         folder = Path(flags.pop("out_dir"))
         self.commands.append((program, flags))
@@ -96,9 +100,20 @@ def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(pr
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
         ("none", 2e-3), ("birdie", 2e-3)]
     assert runs[0]["tried"] == {"0.001": 0.8, "0.002": 0.9, "0.004": 0.8}
-    programs.commands.clear()
-    figure1.main([f"--out_dir={tmp_path}", "--preset=wide", "--only=gated_ssm-none-1"])
-    assert [flags.get("preset") for _, flags in programs.commands] == 3 * ["wide"] + [None]
+
+
+@pytest.mark.parametrize("preset", figure1.PRESETS)
+def test_the_programs_take_every_flag_of_a_preset(preset, programs, tmp_path):
+    figure1.main([f"--out_dir={tmp_path}", f"--preset={preset}", "--only=*-1", "--jobs=1"])
+    names = [name for name in figure1.RUNS if name.endswith("-1")]
+    rates = figure1.PRESETS[preset][3]
+    assert len(programs.commands) == sum(len(rates) + 1 + ("-none-" not in n) for n in names)
+    parsed = eval_phonebook.parse_args([*figure1.PRESETS[preset][2], "--scratch=gated_ssm"])
+    sizes = eval_phonebook.PRETRAINING[parsed.preset]
+    given = train.parse_args(figure1.PRESETS[preset][1])        # none is as large as the others
+    alike = train.parse_args([f"--preset={sizes}"])
+    assert (given.d_model, given.d_state, given.n_layer) == (
+        alike.d_model, alike.d_state, alike.n_layer)
 
 
 def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tmp_path, capsys):

@@ -347,7 +347,7 @@ def test_nvcc_compiles_the_kernel_without_spills(tmp_path):
         assert process.returncode == 0 and "warning" not in report, report
         registers, = re.findall(r"Used (\d+) registers", report)
         print(f"{arch}: {registers} registers")
-        # 12 warps a multiprocessor, 50,000 lanes an H100: more than those that many lanes are
+        # with 168 a multiprocessor holds 12 warps, and measured 144 were faster than 72
         assert int(registers) <= 168 and "0 bytes stack frame, 0 bytes spill stores" in report
 
 
