@@ -204,7 +204,6 @@ def collect(args):
             chosen_from = {each["config"]["lr"]: validation(each) for each in tried}
             found.append(dict(preset=preset, arch=arch, pretrained=kind, seed=seed,
                               tried=chosen_from, **best))
-    os.makedirs(args.out_dir, exist_ok=True)
     with (train.replacing(os.path.join(args.out_dir, "figure1.json")) as part,
           open(part, "w") as file):
         json.dump(found, file, indent=1)
@@ -313,7 +312,9 @@ def main(argv):
                 raise ValueError("python experiments/figure1.py draw JSON OUT.png")
             case _:
                 args = parse_args(argv)
-                found, picture = run_missing(args), os.path.join(args.out_dir, "figure1.png")
+                with train.claimed(args.out_dir, "figure1.json"):
+                    found = run_missing(args)
+                picture = os.path.join(args.out_dir, "figure1.png")
         show_table(found)
         plot(found, picture)
 

@@ -153,6 +153,14 @@ def test_the_comparison_makes_what_is_missing_and_names_what_failed(programs, tm
     one_line(figure1.main, command, "4-0.001/phonebook.json is no result of eval_phonebook.py")
 
 
+def test_a_folder_is_for_one_comparison_at_a_time(tmp_path):
+    command = [sys.executable, EXPERIMENTS / "figure1.py", f"--out_dir={tmp_path}",
+               "--only=gated_ssm-none-1"]
+    with train.claimed(tmp_path, "figure1.json"):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f"another process is at work in {tmp_path}" in second.stderr
+    assert second.returncode == 1 and not tmp_path.exists()     # the first has written nothing
+
 @pytest.mark.parametrize("argv, message", [
     (["--only=gated_ssm-birdie-1,hawk_ntp"], "no run matches 'hawk_ntp' .* gated_ssm-birdie-1"),
     (["--jobs=0"], "--jobs: 0 is not from 1"), (["--preset=tpu"], "invalid choice: 'tpu'"),
