@@ -59,7 +59,7 @@ RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
 RATES, SIZES = (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
 SMALL = ["--d_model=192", "--d_state=384", "--n_head=4", "--lr=2e-3"]
 PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its rates, test sizes
-    "tables": ("tables of numbers", [], [], RATES, SIZES),
+    "tables": ("tables of numbers, 2.3 million parameters", [], [], RATES, SIZES),
     "mixed": ("real text and tables", ["--data=mixed", "--max_steps=24500", "--eval_rows=2"],
               [], RATES, SIZES),
     "packages": ("real text, 2.3 million parameters", ["--preset=wide", *SMALL],
@@ -263,7 +263,8 @@ def show_table(found):
 
 
 def plot(found, picture):
-    """Digits right: lines are means over seeds, bands go from the lowest to the highest."""
+    """Above, digits right in test books: the mean over seeds, from the lowest to the highest, or
+    one seed's interval over its books. Below, the validation books during fine-tuning."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -271,33 +272,40 @@ def plot(found, picture):
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib, then draw again")
     panels, lines = panels_of(found), {}
-    figure, axes = plt.subplots(len(panels), 2, figsize=(9.5, 0.4 + 3.6 * len(panels)),
-                                layout="constrained", squeeze=False, sharex="col", sharey=True)
-    for ((preset, arch, start), arms), (left, right) in zip(panels.items(), axes):
+    figure, axes = plt.subplots(2, len(panels), figsize=(1.5 + 3 * len(panels), 6.6),
+                                layout="constrained", squeeze=False, sharey=True)
+    for ((preset, arch, start), arms), (above, below) in zip(panels.items(), axes.T):
+        sizes = [each["n_entries"] for each in arms[next(iter(arms))][0]["results"]]
+        by_heart = [1 / n + (1 - 1 / n) / 10 for n in sizes]        # the rest are right by chance
+        lines["a random entry's number"], = above.plot(sizes, by_heart, "k:", lw=1)
         for kind, runs in arms.items():
             _, label, color, width = PRETRAINING[kind]
-            asked = [[each for each in run["results"] if each["n_numbers"] == 1] for run in runs]
-            for axis, x, series in ((left, "n_entries", asked),
-                                    (right, "step", [run["curve"] for run in runs])):
+            for axis, x, series in ((above, "n_entries", [run["results"] for run in runs]),
+                                    (below, "step", [run["curve"] for run in runs])):
                 values = np.array([[point["digits"] for point in each] for each in series])
-                at = [point[x] for point in series[0]]
-                lines[label], = axis.plot(at, values.mean(0), color=color, lw=width, ms=2 * width,
-                                          zorder=1 + width, marker="o" * (x == "n_entries"))
-                axis.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
-        left.set_title(f"{ARCHITECTURES[arch]}, pretrained on {PRESETS[preset][0]}, fine-tuned on "
-                       f"books from {start} entries on", loc="left", fontsize="medium")
-        left.set(ylabel="digits right", ylim=(0, 1.02))
-        left.set_xscale("log", base=2)
-        left.xaxis.set_major_formatter("{x:.0f}")
-    for axis in axes.flat:
-        lines["chance"] = axis.axhline(0.1, color="black", linestyle=":", lw=1)
+                low, high = values.min(0), values.max(0)
+                if len(runs) == 1 and x == "n_entries":
+                    low, high = np.array([each["digits_interval"] for each in series[0]]).T
+                at, mean = [point[x] for point in series[0]], values.mean(0)
+                lines[label] = axis.errorbar(
+                    at, mean, (mean - low, high - mean) if x == "n_entries" else None,
+                    color=color, lw=width, elinewidth=1, capsize=2, zorder=1 + width,
+                    marker="o" * (x == "n_entries"), ms=1.6 * width)
+        above.set_title("\n".join([PRESETS[preset][0], ARCHITECTURES[arch] * (arch != "gated_ssm"),
+                                   f"books from {start} entries" * (start != STARTS[0])]).strip(),
+                        fontsize="medium")
+        above.set_xscale("log", base=2)
+        above.xaxis.set_major_formatter("{x:.0f}")
+        below.axhline(0.1, color="black", linestyle=":", lw=1)
+        above.set_xlabel("entries of a test book")
+        below.set_xlabel("step of fine-tuning")
+    for axis, what in zip(axes[:, 0], ("test books", "validation books")):
+        axis.set(ylabel=f"digits right, {what}", ylim=(0, 1.02))
         axis.yaxis.set_major_formatter("{x:.0%}")
-    axes[-1, 0].set_xlabel("entries of an unseen phone book")
-    asked = sorted({run["config"]["entries_max"] for run in found})
-    axes[-1, 1].set_xlabel(f"step of fine-tuning (books of {', '.join(map(str, asked))} entries)")
-    order = [name for _, name, _, _ in PRETRAINING.values() if name in lines] + ["chance"]
-    figure.legend([lines[name] for name in order], order, loc="outside right upper",
-                  title="pretraining", alignment="left", frameon=False)
+    order = [name for _, name, _, _ in PRETRAINING.values() if name in lines]
+    order.append("a random entry's number")
+    figure.legend([lines[name] for name in order], order, loc="outside upper center",
+                  title="pretraining", ncols=1 + len(panels), frameon=False)
     plt.savefig(picture, dpi=110)
     plt.close(figure)
     print(f"\nwrote {picture}")

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 
+COLORS = [f"tab:{name}" for name in "red orange green cyan purple brown pink gray".split()]
 PANELS = {"loss": "validation loss", "accuracy": "accuracy", "share": "share of samples"}
 
 
@@ -47,6 +48,7 @@ def plot(paths, picture):
         of_class = {name: [columns[f"{name}_{cls}"] for cls in classes] for name in PANELS}
         for axis, (name, label) in zip(row, PANELS.items()):
             axis.set(title=label, xlim=(0, columns["step"][-1]))
+            axis.set_prop_cycle(color=COLORS)
             if name != "share":
                 axis.plot(columns["step"], list(zip(*of_class[name])))
             else:
