@@ -356,6 +356,18 @@ class Block(nn.Module):
         return x, state
 
 
+def run_blocks(model, x, boundaries, states=None):
+    """x (B, T, D) -> the output of the model's last block (B, T, D), and every block's state."""
+    new_states = []
+    for block, state in zip(model.blocks, states or [None] * len(model.blocks)):
+        if model.config.recompute and torch.is_grad_enabled():
+            x, state = lean(block, x, boundaries, state)
+        else:
+            x, state = block(x, boundaries, state)
+        new_states.append(state)
+    return x, new_states
+
+
 class LM(nn.Module):
     """The language model: embedding, blocks, norm, head.
 
@@ -388,7 +400,7 @@ class LM(nn.Module):
         """tokens (B, T) int64, reset (B, T) uint8, targets (B, T) int64 with IGNORE for no loss
         -> logits (B, T, V), and the mean cross-entropy in nats a label token (or None). With
         `recompute` and targets there are no logits (None), only the loss."""
-        x, _ = self.run_blocks(tokens, Boundaries(reset, self.config))
+        x, _ = run_blocks(self, self.embed(tokens), Boundaries(reset, self.config))
         if targets is None:
             return self.W_head(self.norm(x)), None
         if self.config.recompute:       # a few logits at a time are ever in float32
@@ -402,17 +414,6 @@ class LM(nn.Module):
         logits = self.W_head(self.norm(x))
         return logits, F.cross_entropy(logits.float(), targets, ignore_index=IGNORE,
                                        reduction="sum")
-
-    def run_blocks(self, tokens, boundaries, states=None):
-        """tokens (B, T) -> the last block's output (B, T, D), and every block's state."""
-        x, new_states = self.embed(tokens), []
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            if self.config.recompute and torch.is_grad_enabled():
-                x, state = lean(block, x, boundaries, state)
-            else:
-                x, state = block(x, boundaries, state)
-            new_states.append(state)
-        return x, new_states
 
     def parameter_groups(self, weight_decay):
         """Optimiser groups: weight decay for matrices, none for biases, norms and the marked."""
@@ -439,7 +440,7 @@ class LM(nn.Module):
             raise ValueError(f"temperature is {temperature}; it must be 0 or more")
         tokens, reset, lengths = self.lay_out(prompts)
         boundaries = Boundaries(reset, self.config, last=lengths - 1)
-        x, states = self.run_blocks(tokens, boundaries)
+        x, states = run_blocks(self, self.embed(tokens), boundaries)
         x = boundaries.tail(x)                          # (B, 1, D)
 
         written, done = [], torch.zeros_like(lengths, dtype=torch.bool)
@@ -452,7 +453,7 @@ class LM(nn.Module):
             if done.all() or n == max_new_tokens - 1:
                 break
             boundaries = Boundaries(one_more, self.config, torch.zeros_like(lengths), lengths + n)
-            x, states = self.run_blocks(written[-1][:, None], boundaries, states)
+            x, states = run_blocks(self, self.embed(written[-1][:, None]), boundaries, states)
         rows = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
         return [row[:row.index(stop) + 1] if stop in row else row for row in rows]
 
@@ -575,9 +576,7 @@ def sees(model, reset):
     projection."""
     T = reset.size(1)
     x = torch.randn(1, T, model.config.d_model, requires_grad=True)
-    boundaries, y = Boundaries(reset, model.config), x
-    for block in model.blocks:
-        y, _ = block(y, boundaries)
+    y, _ = run_blocks(model, x, Boundaries(reset, model.config))
     y = (y * torch.randn_like(y)).sum(-1)[0]
     return torch.stack([torch.autograd.grad(y[t], x, retain_graph=True)[0][0].abs().sum(-1) > 0
                         for t in range(T)])
@@ -586,20 +585,16 @@ def sees(model, reset):
 def demo():
     """Parameters of every architecture; which input each output sees, in two packed samples."""
     torch.manual_seed(0)
-    prefix, label = 5, 4
-    one = [0] * prefix + [RESET_REVERSE] * label
-    reset = torch.tensor([2 * one + 2 * [RESET_FORWARD | RESET_REVERSE]], dtype=torch.uint8)
-    reset[0, 0] |= RESET_FORWARD
-    reset[0, len(one)] |= RESET_FORWARD
+    sample = [RESET_FORWARD] + 4 * [0] + 4 * [RESET_REVERSE]
+    reset = torch.tensor([2 * sample + 2 * [RESET_FORWARD | RESET_REVERSE]], dtype=torch.uint8)
+    names = 2 * "pppppcccc" + ".."
+    print("Which input (column) each output (row) sees, in two samples and padding\n"
+          "(p: a prefix token, c: a causal token, GEN and the label)")
     for arch in MIXERS:
         model = LM(ModelConfig(arch=arch))
         logits, _ = model(torch.zeros_like(reset, dtype=torch.long), reset)
-        print(f"{arch:12s} {model.n_parameters():>9,} parameters; "
-              f"tokens {tuple(reset.shape)} -> logits {tuple(logits.shape)}")
-    names = 2 * (prefix * "p" + label * "c") + ".."
-    for arch in MIXERS:
-        print(f"\n{arch}: which input (column) each output (row) sees, two samples and padding\n"
-              f"(p: a prefix token, c: a causal token, GEN and the label)\n\n    {names}")
+        print(f"\n{arch}: {model.n_parameters():,} parameters; tokens {tuple(reset.shape)} -> "
+              f"logits {tuple(logits.shape)}\n\n    {names}")
         seen = sees(LM(ModelConfig(arch=arch, n_layer=2, d_model=16, d_state=16)), reset)
         for name, row in zip(names, seen.tolist()):
             print(f"  {name} " + "".join(" #"[s] for s in row))

@@ -48,7 +48,6 @@ import time
 import zlib
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -551,13 +550,12 @@ CLASSES = tuple(OBJECTIVES)
 MIN_BLOCK, MIN_TEXT = 64, 8     # shorter rows and texts hold too little to learn from: our choice
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """One configuration of one class."""
     cls: str
     shortest: int               # tokens of text
     longest: int
-    options: dict = field(default_factory=dict)
+    options: dict = {}
 
     @property
     def name(self) -> str:
@@ -593,7 +591,7 @@ def arms(block_size: int) -> tuple[Arm, ...]:
         for bounds, values in itertools.product(objective.lengths, options):
             low, high = (max(MIN_TEXT, bound * block_size // 2048) for bound in bounds)
             arm = Arm(cls, low, high, dict(zip(objective.options, values)))
-            arm = replace(arm, longest=longest_text(arm, block_size))
+            arm = arm._replace(longest=longest_text(arm, block_size))
             (kept if positions(arm, low) <= 7 * block_size // 8 else dropped).append(arm)
     if dropped:
         classes = ", ".join(sorted({arm.cls for arm in dropped}))
@@ -788,7 +786,8 @@ class Loader:
             self.keys[:] = [(self.seed, 0, k, action, "train") for k in range(start, stop)]
             try:
                 made = iter(self.loader)
-                if self.workers and threading.current_thread() is threading.main_thread():
+                in_main = threading.current_thread() is threading.main_thread()
+                if self.workers and in_main and hasattr(signal, "SIGCHLD"):     # Windows has none
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch raises within a step
                 for batch in made:
                     yield batch

@@ -54,16 +54,12 @@ def scan_loop(a, x, reverse=False):
 
 # ---- PyTorch: two levels of sqrt(T) steps, for any device ----------------------------------------
 
-def torch_scan(a, x, h, reverse, state=0.0, careful=False):
-    """Write h, from `state` before the first step; careful: again, where 0 * inf made a nan.
+def torch_scan(a, x, h, reverse):
+    """Write h.
 
     Time is cut into K chunks of C = sqrt(T) steps. One operation takes a step in all chunks at
     once: the three passes of the header take about 3 C + K operations, where the loop takes T.
     """
-    def step(gate, state, into, out):
-        state = state.masked_fill(gate == 0, 0) if careful else state
-        return torch.addcmul(into, gate, state, out=out)
-
     T, order = x.shape[1], -1 if reverse else 1
     C = math.isqrt(T)
     K = T // C
@@ -73,38 +69,36 @@ def torch_scan(a, x, h, reverse, state=0.0, careful=False):
         whole, rest = rest, whole
     A, X, H = (t[:, whole].unflatten(1, (K, C)).unbind(2)[::order] for t in (a, x, h))  # (B, K, D)
 
-    start = torch.empty_like(X[0], memory_format=torch.contiguous_format)
-    start[:, -1 if reverse else 0] = state
-    if K > 1:
-        e, p = (t[0].clone(memory_format=torch.contiguous_format) for t in (X, A))
-        for gate, into in zip(A[1:], X[1:]):
-            step(gate, e, into, e)
-            p.mul_(gate)
-        ends, products, starts = (t.unbind(1)[::order] for t in (e, p, start))
-        for end, product, this, following in zip(ends, products, starts, starts[1:]):
-            step(product, this, end, following)
+    e, p = (t[0].clone(memory_format=torch.contiguous_format) for t in (X, A))
+    for gate, into in zip(A[1:], X[1:]):
+        torch.addcmul(into, gate, e, out=e)
+        p.mul_(gate)
+    before = torch.zeros_like(e)
+    ends, products, starts = (t.unbind(1)[::order] for t in (e, p, before))
+    for end, product, this, following in zip(ends, products, starts, starts[1:]):
+        torch.addcmul(end, product, this, out=following)
 
-    before = start
     for gate, into, now in zip(A, X, H):
-        before = step(gate, before, into, now)
+        before = torch.addcmul(into, gate, before, out=now)
     before = before[:, 0 if reverse else -1]
     for gate, into, now in zip(*(t[:, rest].unbind(1)[::order] for t in (a, x, h))):
-        before = step(gate, before, into, now)
-    if not careful and not math.isfinite(h.sum()):
-        torch_scan(a, x, h, reverse, state, careful=True)
+        before = torch.addcmul(into, gate, before, out=now)
+    if not math.isfinite(h.sum()):              # 0 * inf made a nan, perhaps; in the loop it is 0
+        h.copy_(scan_loop(a, x, reverse))
 
 
-def torch_gradients(a, h, g, da, dx, reverse):
-    """Write da and dx: the same scan the other way, its gates shifted by one step."""
-    first, last = (-1, 0) if reverse else (0, -1)               # in the order of the forward scan
-    early, late = slice(0, -1), slice(1, None)
-    if reverse:
+def torch_walk(a, x, out, reverse, h=None, da=None):
+    """What `kernel_scan` does, by PyTorch; a gradient's gates are those of one step later."""
+    if da is None:
+        return torch_scan(a, x, out, reverse)
+    early, late = slice(None, -1), slice(1, None)
+    if not reverse:                                             # it is the scan that was
         early, late = late, early
-    dx[:, last] = g[:, last]
-    da[:, first] = 0
-    if h.shape[1] > 1:
-        torch_scan(a[:, late], g[:, early], dx[:, early], not reverse, state=dx[:, last])
-        torch.mul(dx[:, late], h[:, early], out=da[:, late])
+    later = torch.zeros_like(a)
+    later[:, early] = a[:, late]
+    torch_scan(later, x, out, reverse)
+    da.zero_()
+    torch.mul(out[:, late], h[:, early], out=da[:, late])
 
 
 # ---- the kernel: one source for nvcc, NVRTC and the C++ compiler ---------------------------------
@@ -255,7 +249,8 @@ def divide(x):
 
 
 def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
-    """The header's passes over a and x, writing out; with h and da those of the gradient."""
+    """What every backend does: write out, the states; or, with the states h and x = dL/dh, write
+    out = dx and da, in the other direction than the scan's."""
     B, T, D = x.shape
     if x.numel() == 0:
         return
@@ -344,7 +339,7 @@ def library_launch(path):
         error = library.birdie_launch(ctypes.byref(job), back, summary)
         if error:
             raise RuntimeError(f"scan kernel: CUDA error {error} with {job.lanes} lanes")
-    return launch
+    return functools.partial(kernel_scan, launch)
 
 
 def load_cpp(device):
@@ -433,7 +428,7 @@ def load_nvrtc(device):
     call("cuCtxSetCurrent", context)
     call("cuModuleLoadData", ctypes.byref(module), cubin.read_bytes()[:-32])
     call("cuModuleGetFunction", ctypes.byref(kernel), module, b"birdie_lanes")
-    return launch
+    return functools.partial(kernel_scan, launch)
 
 
 LOADERS = {"cpu": {"cpp": load_cpp}, "cuda": {"nvcc": load_nvcc, "nvrtc": load_nvrtc}}
@@ -441,7 +436,7 @@ LOADERS = {"cpu": {"cpp": load_cpp}, "cuda": {"nvcc": load_nvcc, "nvrtc": load_n
 
 @functools.cache
 def load(device):
-    """(name, why no better one, launch) of the first backend that works; PyTorch has no launch."""
+    """(name, why no better one, walk) of the first backend that works."""
     reasons = []
     for name, loader in LOADERS.get(device.type, {}).items():
         try:
@@ -450,14 +445,14 @@ def load(device):
             reasons.append(f"no {name}: {one_line(error)}")
     reason = "; ".join(reasons) or f"no kernel for {device.type}"
     print(f"scan: using PyTorch on {device}, which is slower: {reason}", file=sys.stderr)
-    return "torch", reason, None
+    return "torch", reason, torch_walk
 
 
 def choose(device):
     forced = os.environ.get("SCAN_BACKEND", "")
     if forced not in ("", "torch"):
         raise ValueError(f"SCAN_BACKEND={forced} is unknown; set it to torch, or unset it")
-    return ("torch", "SCAN_BACKEND=torch", None) if forced else load(device)
+    return ("torch", "SCAN_BACKEND=torch", torch_walk) if forced else load(device)
 
 
 def backend(device="cpu") -> tuple[str, str]:
@@ -466,20 +461,6 @@ def backend(device="cpu") -> tuple[str, str]:
 
 
 # ---- the operator, its gradient, and the public function -----------------------------------------
-
-def write_states(launch, a, x, h, reverse):
-    if launch is None:
-        torch_scan(a, x, h, reverse)
-    else:
-        kernel_scan(launch, a, x, h, reverse)
-
-
-def write_gradients(launch, a, h, g, da, dx, reverse):
-    if launch is None:
-        torch_gradients(a, h, g, da, dx, reverse)
-    else:
-        kernel_scan(launch, a, g, dx, not reverse, h, da)
-
 
 # `define` and `impl` say what `custom_op` says and take 3 us less a call, 15 with the gradient,
 # and 1 s less at the first call, which for custom_op imports torch's compiler.
@@ -498,21 +479,21 @@ def empty_gradients(a, h, g, reverse):
     return empty_states(a, h, reverse), empty_states(a, h, reverse)
 
 
-def launcher(x):
-    return None if x.dtype == torch.float64 else choose(x.device)[2]
+def walk_for(x):
+    return torch_walk if x.dtype == torch.float64 else choose(x.device)[2]
 
 
 @torch.library.impl("birdie::scan", "default")
 def forward(a, x, reverse):
     h = empty_states(a, x, reverse)
-    write_states(launcher(x), a, x, h, reverse)
+    walk_for(x)(a, x, h, reverse)
     return h
 
 
 @torch.library.impl("birdie::scan_backward", "default")
 def backward(a, h, g, reverse):
     da, dx = empty_gradients(a, h, g, reverse)
-    write_gradients(launcher(h), a, h, g, da, dx, reverse)
+    walk_for(h)(a, g, dx, not reverse, h, da)
     return da, dx
 
 
@@ -556,7 +537,7 @@ def scan(a: torch.Tensor, x: torch.Tensor, reverse: bool = False) -> torch.Tenso
 
 # ---- demonstration -------------------------------------------------------------------------------
 
-def errors(launch, device, reverse):
+def errors(walk, device, reverse):
     """Largest errors of h, da and dx, over the largest value, against the loop in float64."""
     a, x, g = torch.rand(2, 300, 200), torch.randn(2, 300, 200), torch.randn(2, 300, 200)
     a *= torch.rand(2, 300, 1) > 0.1                            # a tenth are resets
@@ -565,12 +546,12 @@ def errors(launch, device, reverse):
     want = h, *torch.autograd.grad(h, exact, g.double())
     a, x, g = (t.to(device) for t in (a, x, g))
     h, da, dx = got = [torch.empty_like(x) for _ in range(3)]
-    write_states(launch, a, x, h, reverse)
-    write_gradients(launch, a, h, g, da, dx, reverse)
+    walk(a, x, h, reverse)
+    walk(a, g, dx, not reverse, h, da)
     return [((u.cpu() - v).abs().max() / v.abs().max()).item() for u, v in zip(got, want)]
 
 
-def times(launch, device, shape):
+def times(walk, device, shape):
     """Forward, and with backward, over the time that torch.add takes to move 3 and 8 tensors."""
     from torch.utils.benchmark import Timer     # one thread; waits for the GPU; 0.1 s to import
 
@@ -579,24 +560,24 @@ def times(launch, device, shape):
 
     a, x, g, h, da, dx = (torch.rand(shape, device=device) for _ in range(6))
     unit = seconds(lambda: torch.add(a, x, out=h))
-    first = seconds(lambda: write_states(launch, a, x, h, False))
-    second = seconds(lambda: write_gradients(launch, a, h, g, da, dx, False))
+    first = seconds(lambda: walk(a, x, h, False))
+    second = seconds(lambda: walk(a, g, dx, True, h, da))
     return first / unit, (first + second) / unit * 3 / 8
 
 
 def main():
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        best, reason, launch = choose(torch.empty(0, device=device).device)
+        best, reason, walk = choose(torch.empty(0, device=device).device)
         shapes = ((4, 2048, 1024), (1, 16384, 512))             # (B, T, D)
         if device == "cuda":
             shapes = ((8, 2048, 2560), (1, 131072, 512))
         print(f"{device}: {best} {reason}\nrelative errors; times over that of moving the memory")
-        for name, launch in {best: launch, "torch": None}.items():
+        for name, walk in {best: walk, "torch": torch_walk}.items():
             for reverse in (False, True):
-                h, da, dx = errors(launch, device, reverse)
+                h, da, dx = errors(walk, device, reverse)
                 print(f"  {name:6s} reverse={reverse!s:10s}  h {h:.0e}  da {da:.0e}  dx {dx:.0e}")
             for shape in shapes:
-                first, both = times(launch, device, shape)
+                first, both = times(walk, device, shape)
                 print(f"  {name:6s} {shape!s:16s}  forward {first:.2f}  with backward {both:.2f}")
 
 

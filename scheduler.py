@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Block, Boundaries, ModelConfig
+from model import Block, Boundaries, ModelConfig, run_blocks
 
 
 def reward(old, new):
@@ -204,11 +204,8 @@ class RewardModel(nn.Module):
         reset = torch.zeros(B, K, dtype=torch.uint8)
         boundaries = Boundaries(reset, self.config, last=torch.full((B,), K - 1))
         x = self.W_in(torch.cat([self.norm_losses(losses), self.norm_actions(actions)], -1))
-        new_states = []
-        for block, state in zip(self.blocks, states or [None] * len(self.blocks)):
-            x, state = block(x, boundaries, state)
-            new_states.append(state)
-        return self.W_reward(self.norm(x)), new_states
+        x, states = run_blocks(self, x, boundaries, states)
+        return self.W_reward(self.norm(x)), states
 
 
 class Birdie:

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 import scan as S
-from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE, command_line
+from model import LM, MIXERS, RESET_FORWARD, RESET_REVERSE, command_line, run_blocks
 from objectives import Batches, Corpus, Tokenizer
 
 VOCABULARY = Tokenizer("bpe2048", n_masks=16)
@@ -65,15 +66,15 @@ def bench_scan(args):
     shapes = [(4, 2048, 1024), (1, 16384, 512)]                 # (B, T, D)
     if args.device != "cpu":
         shapes = [(8, 2048, 2560), (16, 2048, 1536), (1, 131072, 512)]
-    best, reason, launch = S.choose(torch.empty(0, device=args.device).device)
+    best, reason, walk = S.choose(torch.empty(0, device=args.device).device)
     print(f"scan: {best} {reason}\n{'':18s}{'(B, T, D)':20s}   forward   with backward")
     for shape in [(1, 64, 8)] if args.quick else shapes:
         a, x, g, h, da, dx = (torch.rand(shape, device=args.device) for _ in range(6))
         leaves = [t.clone().requires_grad_() for t in (a, x)]
         runs = {"unit": lambda: torch.add(a, x, out=h)}
-        for name, kernel in {best: launch, "torch": None}.items():
-            runs[name, 0] = partial(S.write_states, kernel, a, x, h, False)
-            runs[name, 1] = partial(S.write_gradients, kernel, a, h, g, da, dx, False)
+        for name, walk in {best: walk, "torch": S.torch_walk}.items():
+            runs[name, 0] = partial(walk, a, x, h, False)
+            runs[name, 1] = partial(walk, a, g, dx, True, h, da)
         # with what a model pays besides: new tensors and autograd
         called = {"scan(a, x)": S.scan, **dict(peers(args.device))}
         for name, function in called.items():
@@ -144,20 +145,17 @@ def bench_step(args):
 @torch.no_grad()
 def token_times(model, prompt, new):
     """Seconds of each new token after the first, and bytes of state, after so many tokens."""
-    times, read, size = [], model.run_blocks, 0
+    times, size = [], 0
 
     def watched(*inputs):
         nonlocal size
         times.append(time.perf_counter())
-        x, states = read(*inputs)
+        x, states = run_blocks(*inputs)
         size = sum(t.numel() * t.element_size() for state in states for t in state if t is not None)
         return x, states
 
-    model.run_blocks = watched
-    try:
+    with mock.patch("model.run_blocks", watched):
         model.generate([([1] * prompt, [2])], new)
-    finally:
-        del model.run_blocks
     return np.diff(times)[1:].tolist(), size
 
 

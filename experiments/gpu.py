@@ -77,14 +77,14 @@ def laid_out(values, layout, device):
 
 
 def backends(args):
-    """{name: how to launch it there, or why it does not load}; PyTorch has no launch."""
+    """{name: its walk, or why it does not load}."""
     found = {}
     for name, load in S.LOADERS[args.torch_device.type].items():
         try:
             found[name] = load(args.torch_device)
         except Exception as error:
             found[name] = describe(error)
-    return found | {"torch": None}
+    return found | {"torch": S.torch_walk}
 
 
 @lru_cache(None)
@@ -98,10 +98,10 @@ def example(shape, reverse):
     return (a, x, g), (h.detach(), *torch.autograd.grad(h, exact, g.double()))
 
 
-def check(launch, args):
+def check(walk, args):
     """Largest errors of h, da and dx, each over its largest value, against the loop in float64."""
-    if isinstance(launch, str):
-        return launch
+    if isinstance(walk, str):
+        return walk
     shapes = [(1, 1, 1), (2, 2, 3), (3, 17, 32), (2, 255, 33), (1, 300, 7), (2, 513, 64)]
     if not args.quick:      # and many lanes, few lanes, so few that chunks are scanned in chunks
         shapes += [(8, 300, 1301), (4, 2048, 512), (1, 20001, 7), (16, 256, 640)]
@@ -111,11 +111,11 @@ def check(launch, args):
         given, want = example(shape, reverse)
         a, x, g = (laid_out(t, layout, args.torch_device) for t in given)
         # as the scan divides the work; in chunks of 16 steps, a channel a lane
-        for divide in [S.divide, lambda _: (16, 1)][:1 if launch is None else 2]:
+        for divide in [S.divide, lambda _: (16, 1)][:1 if walk is S.torch_walk else 2]:
             h, da, dx = got = [torch.full(shape, torch.nan, device=args.device) for _ in range(3)]
             with mock.patch.object(S, "divide", divide):
-                S.write_states(launch, a, x, h, reverse)
-                S.write_gradients(launch, a, h, g, da, dx, reverse)
+                walk(a, x, h, reverse)
+                walk(a, g, dx, not reverse, h, da)
             found["cases"] += 1
             for name, u, v in zip(("h", "da", "dx"), got, want):
                 error = ((u.cpu() - v).abs().max() / v.abs().max().clamp(min=1e-30)).item()
@@ -128,8 +128,8 @@ def check(launch, args):
 
 def part_kernel(args):
     """Every backend against the loop: largest relative errors."""
-    for name, launch in backends(args).items():
-        yield name, partial(check, launch, args)
+    for name, walk in backends(args).items():
+        yield name, partial(check, walk, args)
 
 
 def sanitize(program, tool, args):
@@ -166,13 +166,13 @@ def part_sanitizer(args):
 def scan_speed(shape, peers, args):
     """Shares, with copy_ and all others taking turns."""
     device, calls = args.torch_device, 10 if args.on_gpu else 1     # a GPU's are queued: no waiting
-    best, _, launch = S.choose(device)
+    best, _, walk = S.choose(device)
     a, x, g, h, da, dx = (torch.rand(shape, device=device) for _ in range(6))
     leaves, found = [t.clone().requires_grad_() for t in (a, x)], {}
     runs = {("copy_", 0): partial(dx.copy_, x)}
-    for name, kernel in {best: launch, "torch": None}.items():
-        runs[name, 0] = partial(S.write_states, kernel, a, x, h, False)
-        runs[name, 1] = partial(S.write_gradients, kernel, a, h, g, da, dx, False)
+    for name, walk in {best: walk, "torch": S.torch_walk}.items():
+        runs[name, 0] = partial(walk, a, x, h, False)
+        runs[name, 1] = partial(walk, a, g, dx, True, h, da)
     for name, function in peers.items():    # with new tensors and autograd
         both = partial(lambda f: torch.autograd.grad(f(*leaves), leaves, g), function)
         try:
@@ -267,11 +267,11 @@ def part_step(args):
         if args.nanogpt:
             yield f"{preset} nanoGPT", partial(step_speed, partial(nanogpt, folder=args.nanogpt),
                                                preset, "transformer", product, args)
-        for name, launch in backends(args).items() if preset == "gpu" else ():
-            if not isinstance(launch, str):     # why it does not load stands in part `kernel`
+        for name, walk in backends(args).items() if preset == "gpu" else ():
+            if not isinstance(walk, str):       # why it does not load stands in part `kernel`
                 yield f"gpu gated_ssm, scan: {name}", partial(
                     step_speed, make_model, "gpu", "gated_ssm", product, args,
-                    lambda device, choice=(name, "", launch): choice)
+                    lambda device, choice=(name, "", walk): choice)
 
 
 # ---- memory: what backward keeps -----------------------------------------------------------------

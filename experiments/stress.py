@@ -450,9 +450,9 @@ def say_the_same(*works):
 
 
 def build():
-    launch = scan.LOADERS["cpu"]["cpp"](torch.device("cpu"))
+    walk = scan.LOADERS["cpu"]["cpp"](torch.device("cpu"))
     torch.manual_seed(1)
-    print(scan.errors(launch, "cpu", False))
+    print(scan.errors(walk, "cpu", False))
 
 
 def tokenise():

@@ -196,13 +196,13 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
     a, x, g, h, da, dx = tensors
     for t in (a, x, g):
         t.copy_(torch.rand(1, 4, 50))
-    launch = S.choose(torch.device("cpu"))[2]
+    walk = S.choose(torch.device("cpu"))[2]
     for reverse in (False, True):
         want = with_gradients(S.scan_loop, a, x, g, reverse, dtype=torch.float64)
         for width in (1, 128):
             monkeypatch.setattr(S, "divide", lambda x: (min(3, x.shape[1]), width))
-            S.write_states(launch, a, x, h, reverse)
-            S.write_gradients(launch, a, h, g, da, dx, reverse)
+            walk(a, x, h, reverse)
+            walk(a, g, dx, not reverse, h, da)
             assert_close((h, da, dx), want)
 
 
@@ -262,7 +262,7 @@ def test_errors_name_the_value_and_the_remedy(monkeypatch):
 # ---- building ------------------------------------------------------------------------------------
 
 def build(monkeypatch, folder, compiler="c++"):
-    """(name, reason, launch) as a new process would find them with this folder and compiler."""
+    """(name, reason, walk) as a new process would find them with this folder and compiler."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
     monkeypatch.setenv("CXX", str(compiler))
     return S.load.__wrapped__(torch.device("cpu"))
@@ -322,9 +322,9 @@ def test_without_a_build_it_falls_back_and_says_why_in_one_line(tmp_path, monkey
     for folder, compiler, why in ((tmp_path, "/no/such/compiler", "No such file or directory"),
                                   ("/dev/null/no", "c++", "Not a directory"),
                                   (tmp_path, "c++", "error: ")):        # the compiler's first
-        name, reason, launch = build(monkeypatch, folder, compiler)
+        name, reason, walk = build(monkeypatch, folder, compiler)
         line = f"scan: using PyTorch on cpu, which is slower: {reason}\n"
-        assert (name, launch) == ("torch", None) and why in reason
+        assert (name, walk) == ("torch", S.torch_walk) and why in reason
         assert capsys.readouterr().err == line
 
 
