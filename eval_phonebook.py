@@ -94,8 +94,7 @@ def parse_args(argv):
     flag("--lr", default=2e-3, help="reached after 50 steps")
     flag("--cooldown", default=0.25,
          help="last share of the steps, in which the learning rate falls to 0")
-    flag("--beta2", default=0.99,
-         help="AdamW's memory of squared gradients")
+    flag("--beta2", default=0.99, help="AdamW's memory of squared gradients")
 
     args = parser.parse_args(argv)
     tuned = os.path.join(args.out_dir, "phonebook.pt")
@@ -280,13 +279,11 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=0.0, fused=True)
     learner = train.Learner(model, optimizer, args, clip=1.0)
-    begin, curve, losses = 0, [], []
+    progress = saved or dict(step=0, curve=[], losses=[])
+    begin, curve, losses = progress["step"], progress["curve"], [*progress["losses"]]
     if saved:
-        begin, curve, losses = saved["step"], saved["curve"], [*saved["losses"]]
         with fits(args.out_dir):
-            train.check_moments(optimizer, saved["optimizer"])
-            optimizer.load_state_dict(saved["optimizer"])
-            learner.scaler.load_state_dict(saved["scaler"])
+            learner.load_state_dict(saved)
     batches = Loader(books, args.seed, args.workers).steps(begin, args.max_steps, None)
     bar = tqdm(batches, "fine-tuning", args.max_steps, initial=begin, unit="step",
                mininterval=0.1 if sys.stderr.isatty() else 30)
@@ -303,8 +300,8 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
             bar.set_postfix_str(f"loss {curve[-1]['loss']:.3f}, {digits:.0%} of digits")
             losses.clear()
         if at_point or stop.asked:
-            progress = dict(step=step, curve=curve, losses=[loss.cpu() for loss in losses],
-                            optimizer=optimizer.state_dict(), scaler=learner.scaler.state_dict())
+            progress = dict(learner.state_dict(), step=step, curve=curve,
+                            losses=[loss.cpu() for loss in losses])
             save(progress)
             stop.saved(step, args, at_once=True)
     return progress
@@ -330,8 +327,8 @@ def load(args, tuned):
     return model, Tokenizer(**tokenizer), pretraining, None
 
 
-def evaluate(args) -> dict:
-    """Fine-tune and score one model; -> what it writes to phonebook.json."""
+def evaluate(args) -> None:
+    """Fine-tune and score one model, into phonebook.json."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("WORLD_SIZE is not 1: fine-tuning is for one device; run it without "
                          "torchrun")
@@ -339,9 +336,8 @@ def evaluate(args) -> dict:
     with train.StopSignal("eval_phonebook.py") as stop, train.claimed(args.out_dir, "phonebook.pt"):
         if os.path.exists(tuned) and not args.resume:
             raise ValueError(f"{tuned} exists; go on or score it again with --resume, or fine-tune "
-                             f"{args.ckpt} into another folder: --ckpt={args.ckpt} "
-                             f"--out_dir=ANOTHER")
-        return finetune_and_score(args, tuned, stop)
+                             f"into another folder: --ckpt={args.ckpt} --out_dir=ANOTHER")
+        finetune_and_score(args, tuned, stop)
 
 
 def finetune_and_score(args, tuned, stop):
@@ -360,14 +356,10 @@ def finetune_and_score(args, tuned, stop):
 
     def save(progress):
         train.save_checkpoint(tuned, dict(
-            model=model.state_dict(), model_config=vars(model.config), tokenizer=tok.arguments,
-            finetuning=vars(args), pretraining=pretraining, results=results, **{
-                key: progress[key] for key in ("step", "curve", "losses", "optimizer", "scaler")}))
+            progress, model=model.state_dict(), model_config=vars(model.config), results=results,
+            tokenizer=tok.arguments, finetuning=vars(args), pretraining=pretraining))
 
-    progress = saved
-    if not saved or saved["step"] < args.max_steps:
-        progress = finetune(model, tok, args, saved, save, stop)
-
+    progress = finetune(model, tok, args, saved, save, stop)
     respond = responder(model, tok, args)
     for n_entries, n in itertools.product(args.test_entries, args.test_numbers):
         if n <= n_entries and args.test_books:
@@ -388,7 +380,6 @@ def finetune_and_score(args, tuned, stop):
                  seconds=round(time.perf_counter() - begin), torch=torch.__version__)
     with train.replacing(path) as part, open(part, "w") as file:
         json.dump(found, file, indent=1)
-    return found
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.util import find_spec
 
 # Threads that wait must not spin: with 4 threads on 4 cores and one other busy process, a step took
@@ -56,9 +56,9 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import scan
-from model import (IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, command_line,
-                   errors_in_one_line, fits, load_checkpoint)
-from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer, arms
+from model import (IGNORE, LM, MIXERS, ModelConfig, command_line, errors_in_one_line, fits,
+                   load_checkpoint)
+from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer
 from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler, reward
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -145,12 +145,19 @@ def parse_args(argv):
     sizes = PRESETS[args.preset]
     depth = sizes["n_layer"].get(args.arch, sizes["n_layer"]["gated_ssm"])
     parser.set_defaults(**{**sizes, "n_layer": depth})
+    begun = {}                          # what a checkpoint has settled
     if args.init_from:
-        begun = load_checkpoint(args.init_from)
-        known = {name: x for name, x in begun["model_config"].items() if hasattr(args, name)}
-        parser.set_defaults(**known, tokenizer=begun["tokenizer"]["name"],
-                            block_size=8 * begun["tokenizer"]["n_masks"])
-    return parser.parse_args(argv)
+        saved = load_checkpoint(args.init_from)
+        begun = {name: x for name, x in saved["model_config"].items() if hasattr(args, name)}
+        begun["tokenizer"] = saved["tokenizer"]["name"]
+        parser.set_defaults(**begun, block_size=8 * saved["tokenizer"]["n_masks"])
+    args = parser.parse_args(argv)
+    args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
+    for name, value in begun.items():
+        if value != getattr(args, name) and name != "recompute":
+            raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
+                             f"{getattr(args, name)!r}; drop what changes it")
+    return args
 
 
 def resumed(parser, argv, config, path, may_change):
@@ -172,17 +179,14 @@ def settle(args):
     """Decide what was left to this machine, and say why."""
     if os.environ.get("CXX", "").startswith("ccache "):     # torch.compile would look for that file
         os.environ["CXX"] = os.environ["CXX"].removeprefix("ccache ")
+    found = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+    if args.device not in found:
+        raise ValueError(f"torch {torch.__version__} finds no device {args.device!r} here; choose "
+                         f"{' or '.join(found)}, such as --device=cpu")
     kind, _, index = args.device.partition(":")
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in has or (index and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"device {args.device!r} is unknown; choose cpu, cuda, cuda:N or mps")
-    if not has[kind]:
-        raise ValueError(f"torch {torch.__version__} finds no {kind.upper()} device for --device="
-                         f"{args.device}; pass --device=cpu")
     on_gpu, reason = kind == "cuda", "as given"
-    if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device {args.device!r} is one of {torch.cuda.device_count()}; they are "
-                         f"numbered from 0")
     if index:
         torch.cuda.set_device(args.device)
     if args.dtype == "auto" and on_gpu:
@@ -256,21 +260,12 @@ def join_processes(args):
         sys.stdout = open(os.devnull, "w")
 
 
-def sum_over(*values):
-    """Numbers or CPU tensors -> their sums over the processes."""
-    tensors = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+def sum_over(values):
+    """Numbers or arrays -> float64, on the CPU, their sums over the processes."""
+    sums = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-    return tensors
-
-
-def from_first(value):
-    """What the first process has there."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.all_reduce(sums)
+    return sums
 
 
 def shard(model, args):
@@ -290,14 +285,6 @@ def whole(state):
     return tree_map(lambda t: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t, state)
 
 
-def spread(tensor, like):
-    """The part of a whole tensor that this process holds, if `like` is such a part."""
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
 # ---- one step ----------------------------------------------------------------------------------
 
 def autocast(args):
@@ -305,11 +292,6 @@ def autocast(args):
     if args.dtype == "float32":
         return nullcontext()
     return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.dtype))
-
-
-def n_labels(targets):
-    """Of a batch that is still on the CPU: nothing waits for a GPU."""
-    return np.count_nonzero(targets.numpy() != IGNORE)
 
 
 class Learner:
@@ -341,16 +323,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rank, n = processes()
-        labels = n_labels(batch["targets"])     # of the whole batch
         size = len(batch["targets"])
-        mine = {key: batch[key][rank * size // n:(rank + 1) * size // n]
-                for key in ("tokens", "reset", "targets")}
+        part = slice(rank * size // n, (rank + 1) * size // n)
+        mine = {key: batch[key][part] for key in ("tokens", "reset", "targets")}
+        labels = np.count_nonzero(batch["targets"].numpy() != IGNORE, 1)    # on the CPU: no waiting
         if self.rows is None:
             self.rows = self.rows_that_fit(mine)
         starts, loss = range(0, len(mine["targets"]), self.rows), 0.0
         for start in starts:
             piece = [tensor[start:start + self.rows] for tensor in mine.values()]
-            weight = n * n_labels(piece[2]) / labels
+            weight = n * labels[part][start:start + self.rows].sum() / labels.sum()
             loss = loss + self.backward(piece, weight, last=start == starts[-1])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.clip)
@@ -372,22 +354,37 @@ class Learner:
             self.scaler.scale(loss * weight).backward()
         return loss.detach() * weight
 
+    def state_dict(self):
+        return dict(optimizer=whole(self.optimizer.state_dict()), scaler=self.scaler.state_dict())
+
+    def load_state_dict(self, state):
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for k, moments in state["optimizer"]["state"].items():
+            p = weights[k]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != p.shape:          # torch would read beyond their end
+                    raise RuntimeError("AdamW's numbers have other shapes than the weights")
+                if self.is_sharded:                         # this process holds a part of them
+                    from torch.distributed.tensor import distribute_tensor
+                    moments[name] = distribute_tensor(moments[name].to(p.device), p.device_mesh,
+                                                      p.placements)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
     def counts(self):
         """For the log: steps that were skipped since this process began (float16 only)."""
         return {"skipped": int(self.skipped)} if self.scaler.is_enabled() else {}
 
     def rows_that_fit(self, batch):
         """Found by trying: first what free memory suggests, then half of it while that is short."""
-        size = len(batch["targets"])
-        pieces, largest = 1, size
+        size = rows = len(batch["targets"])
         if torch.device(self.args.device).type == "cuda":
             largest = torch.tensor(self.rows_in_free_memory(batch))
             if dist.is_initialized():
                 dist.all_reduce(largest, dist.ReduceOp.MIN)
-        while -(-size // pieces) > max(1, largest):
-            pieces *= 2
+            while rows > max(1, largest):
+                rows = (rows + 1) // 2
         while True:
-            rows = -(-size // pieces)
             try:
                 self.backward([tensor[:rows] for tensor in batch.values()], 1.0, last=False)
                 break
@@ -410,18 +407,15 @@ class Learner:
                                  f"into memory ({problem}); pass --recompute, or a smaller "
                                  f"--block_size, --batch_size, --d_state, --d_model or --n_layer")
             torch.cuda.empty_cache()
-            pieces *= 2
-            print(f"memory   {rows} rows do not fit: trying {-(-size // pieces)} at a time")
-        if dist.is_initialized():
-            most = torch.tensor(pieces)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            pieces = int(most)
+            print(f"memory   {rows} rows do not fit: trying {(rows + 1) // 2} at a time")
+            rows = (rows + 1) // 2
+        pieces = -(-size // rows)
         if pieces > 1 and self.args.compile == "graphs":        # untried: gradients that add up
             raise ValueError(f"compile is 'graphs', and a step is {pieces} micro-batches here; "
                              f"pass --compile=yes, or a --batch_size below {size}")
         if pieces > 1:
-            print(f"memory   a step is {pieces} micro-batches of {-(-size // pieces)} rows")
-        return -(-size // pieces)
+            print(f"memory   a step is {pieces} micro-batches of {rows} rows")
+        return rows
 
     def rows_in_free_memory(self, batch):
         """By what one row takes beside the gradients, and AdamW's two numbers a parameter."""
@@ -436,6 +430,8 @@ class Learner:
                 row = (tensor[:1].to(self.args.device) for tensor in batch.values())
                 self.raw(*row)[1].backward()
         except torch.OutOfMemoryError:
+            if self.is_sharded:             # the others are in the middle of it, and would wait
+                raise
             return 1
         row = torch.cuda.max_memory_allocated() - before - gradients
         return int(max(0, free) / max(1, row))
@@ -484,8 +480,8 @@ class Validation:
             arm = rows["arm"][asked].long().cpu()
             for total, value in zip(sums, (loss, right, one)):
                 total += torch.bincount(arm, value.cpu().double(), len(self.arms))
-        sums, = sum_over(sums)
-        return (sums[0] / sums[2]).numpy(), (sums[1] / sums[2]).numpy()
+        loss, right, asked = sum_over(sums).numpy()
+        return loss / asked, right / asked
 
 
 def report(step, arms, loss, accuracy, before, action, predicted):
@@ -544,8 +540,6 @@ def claimed(folder, name):
         if not free:
             raise ValueError(f"another process is at work in {folder}; wait for it, or choose "
                              f"another --out_dir")
-        with suppress(OSError):                 # of a process that was killed
-            os.remove(os.path.join(folder, f"{name}.part"))
         try:
             yield
         finally:
@@ -622,7 +616,7 @@ class StopSignal:
 
     def __init__(self, program="train.py"):
         self.program, self.asked, self.when, self.at_once = program, 0, math.inf, True
-        self.message, self.stopped = "stopped before the first step", False
+        self.message = "stopped before the first step"
 
     def __enter__(self):
         self.before = {}
@@ -632,10 +626,10 @@ class StopSignal:
                     self.before[number] = signal.signal(number, self.ask)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.stopped:                        # said here, below the progress bar
+        if kind is SystemExit:                  # said here, below the progress bar
             with suppress(OSError):             # the terminal may be gone
                 print(self.message, file=sys.stderr)
 
@@ -646,7 +640,6 @@ class StopSignal:
             self.stop()
 
     def stop(self):
-        self.stopped = True
         raise SystemExit(128 + (self.asked or signal.SIGTERM))
 
     def saved(self, step, args, at_once=False):
@@ -667,13 +660,13 @@ class Run:
         self.args, self.start = args, 0
         self.before = None              # losses at the evaluation before
         self.path = os.path.join(args.out_dir, "ckpt.pt")
-        source = self.path if args.resume else args.init_from
-        begun = load_checkpoint(source) if source else None
-        self.tok = Tokenizer(**begun["tokenizer"] if begun else
-                             dict(name=args.tokenizer, n_masks=args.block_size // 8))
-        if self.tok.name != args.tokenizer:
-            raise ValueError(f"{args.init_from} has the vocabulary {self.tok.name}; drop "
-                             f"--tokenizer={args.tokenizer}")
+        if source := self.path if args.resume else args.init_from:
+            self.model, tokenizer, saved = LM.load(source)
+            self.model.config.recompute = args.recompute        # which changes no weight
+            self.tok = Tokenizer(**tokenizer)
+        else:
+            self.tok = Tokenizer(args.tokenizer, n_masks=args.block_size // 8)
+            self.model = LM(model_config(args, self.tok))
         self.corpus = corpus = Corpus(args.data, self.tok)
         self.data = dict(corpus.size, fingerprint=corpus.fingerprint)
         self.batches = Batches(corpus, self.tok, args.block_size, args.batch_size)
@@ -682,23 +675,14 @@ class Run:
                                         args.focus)
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
-        self.model = LM(model_config(args, self.tok)).to(args.device)
-        if args.init_from and not args.resume:
-            for name, value in begun["model_config"].items():
-                if value != getattr(self.model.config, name) and name != "recompute":
-                    raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
-                                     f"{getattr(self.model.config, name)!r}; drop what changes it")
-            with fits(args.init_from):
-                self.model.load_state_dict(begun["model"])
+        self.model.to(args.device)
         if args.shard and processes()[1] > 1:
             shard(self.model, args)
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.model.parameter_groups(args.weight_decay), args.lr, (0.9, args.beta2), fused=True)
-        self.learner = Learner(self.model, self.optimizer, args, args.clip)
-        self.parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler,
-                          scaler=self.learner.scaler)
+        self.learner = Learner(self.model, optimizer, args, args.clip)
         if args.resume:
-            self.restore(begun)
+            self.restore(saved)
         self.log = Log(os.path.join(args.out_dir, "log.jsonl"),
                        self.start if args.resume else None)
         if not args.resume:
@@ -711,14 +695,8 @@ class Run:
                              f"{self.data}; give it the same text, or train on this one in another "
                              f"--out_dir with --init_from={self.path}")
         with fits(self.path):
-            check_moments(self.optimizer, saved["optimizer"])
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for k, moments in saved["optimizer"]["state"].items():
-                moments.update({name: spread(t, parameters[k]) for name, t in moments.items()})
-            saved["model"] = {name: spread(saved["model"][name], like)
-                              for name, like in self.model.state_dict().items()}
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
+            self.learner.load_state_dict(saved)
+            self.scheduler.load_state_dict(saved["scheduler"])
             self.start, self.before = saved["step"], saved["losses"] and np.array(saved["losses"])
             self.action = self.scheduler.action
 
@@ -740,37 +718,28 @@ class Run:
                   "another --out_dir trains on")
 
     def save(self, step):
-        states = {name: whole(part.state_dict()) for name, part in self.parts.items()}
+        states = dict(self.learner.state_dict(), model=whole(self.model.state_dict()))
         if processes()[0] == 0:
             save_checkpoint(self.path, dict(
-                step=step, config=vars(self.args), model_config=asdict(self.model.config),
-                tokenizer=self.tok.arguments, data=self.data,
-                losses=None if self.before is None else self.before.tolist(),
-                **states))
+                states, step=step, config=vars(self.args), model_config=vars(self.model.config),
+                tokenizer=self.tok.arguments, data=self.data, scheduler=self.scheduler.state_dict(),
+                losses=None if self.before is None else self.before.tolist()))
 
     def evaluate(self, step):
         """Losses, and the next action; the scheduler of the first process chooses for all."""
         loss, accuracy = self.validation(self.model, self.args)
         predicted = getattr(self.scheduler, "predicted", None)
-        if processes()[0] == 0:
+        is_first = processes()[0] == 0
+        if is_first:
             self.scheduler.update(step, loss.copy())
-        self.action = from_first(self.scheduler.action)
+        self.action = sum_over(self.scheduler.action * is_first).numpy()
         entry = report(step, self.arms, loss, accuracy, self.before, self.action, predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))
         self.before = loss
 
 
-def check_moments(optimizer, state):
-    """torch would read beyond those that are too short."""
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    for k, moments in state["state"].items():
-        if {t.shape for t in moments.values() if t.ndim} - {weights[k].shape}:
-            raise RuntimeError("AdamW's numbers have other shapes than the weights")
-
-
 def train(args):
     """The whole run, into args.out_dir."""
-    args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
     join_processes(args)
     rank, n_processes = processes()
     claim = claimed(args.out_dir, "ckpt.pt") if rank == 0 else nullcontext()
@@ -787,7 +756,7 @@ def train(args):
         take_steps(run, stop)
         if rank == 0:
             model = LM.load(run.path)[0] if run.learner.is_sharded else run.model
-            show_samples(model, run.tok, run.validation, args)
+            show_samples(model, run.batches)
     if n_processes > 1:
         dist.destroy_process_group()
 
@@ -812,10 +781,10 @@ def take_steps(run, stop):
                 lr = learning_rate(step, args)
                 loss, norm = run.learner.step(batch, lr)
                 bar.update()
-                asked = bool(stop.asked)
-                stopping = asked and n_processes == 1
+                stopping = stop.asked and n_processes == 1
                 if (step + 1) % 10 == 0:        # the only steps that wait for the device
-                    loss, asked = (x.item() for x in sum_over(loss.cpu(), asked))
+                    # all processes stop at the same step
+                    loss, stopping = sum_over([loss.item(), stop.asked]).tolist()
                     if not math.isfinite(loss) and args.dtype != "float16":     # which skips it
                         raise ValueError(f"the loss is {loss} at step {step}; {run.path} is from "
                                          f"before: start anew in another --out_dir, with a lower "
@@ -826,7 +795,6 @@ def take_steps(run, stop):
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
                     run.log.write(step=step, train_loss=loss, norm=norm.item(), lr=lr,
                                   tokens_per_s=speed, **run.learner.counts())
-                    stopping = asked > 0        # all processes at the same step
                 if stopping:
                     run.save(step + 1)
                     stop.saved(step + 1, args)
@@ -836,19 +804,13 @@ def take_steps(run, stop):
 
 # ---- what the model has learnt, as text --------------------------------------------------------
 
-def first_sample(row):
-    """The first sample of a row of Batches -> (prefix, label)."""
-    causal = int((row["targets"] != IGNORE).nonzero()[0])
-    starts = (row["reset"] & RESET_FORWARD).nonzero().flatten().tolist() + [len(row["reset"])]
-    return row["tokens"][:causal].tolist(), row["targets"][causal:starts[1]].tolist()
-
-
-def show_samples(model, tok, validation, args, longest=160):
+def show_samples(model, batches, longest=160):
     """A greedy answer to a validation sample of every class, of its first arm."""
-    classes = [arm.cls for arm in validation.arms]
-    for cls in dict.fromkeys(classes):
-        row = classes.index(cls) * args.eval_rows
-        prefix, label = first_sample({key: rows[row] for key, rows in validation.rows.items()})
+    tok, rng = batches.tok, np.random.default_rng(0)
+    for cls in dict.fromkeys(arm.cls for arm in batches.arms):
+        arm = next(arm for arm in batches.arms if arm.cls == cls)
+        sample = batches.sample(arm, batches.block_size, rng, "val")
+        prefix, label = (ids.tolist() for ids in sample)
         start = [tok.GEN]
         if not prefix:                  # next token prediction continues the first half of a text
             half = len(label) // 2
@@ -856,8 +818,7 @@ def show_samples(model, tok, validation, args, longest=160):
         label = label[:longest]
         answer, = model.generate([(prefix, start)], len(label), stop=tok.DONE)
         right = np.mean([a == b for a, b in zip(answer + [None] * len(label), label)])
-        print(f"\n--- {validation.arms[classes.index(cls)].name}: {right:.0%} of {len(label)} "
-              f"tokens right")
+        print(f"\n--- {arm.name}: {right:.0%} of {len(label)} tokens right")
         for title, ids in (("input", prefix or start), ("target", label), ("model", answer)):
             text = tok.decode(ids)
             text = text if len(text) <= 320 else text[:160] + " ... " + text[-160:]
