@@ -239,6 +239,19 @@ def test_a_run_that_is_told_out_of_memory_twice_ends_with_the_same_losses(text, 
     assert np.allclose(one, two, atol=1e-5)
 
 
+def test_it_says_how_many_micro_batches_it_makes(text, tmp_path, capsys, monkeypatch):
+    too_large(monkeypatch, 2)
+    passes, backward = [], train.Learner.backward
+
+    def counted(self, *args, **options):
+        passes.append(1)
+        return backward(self, *args, **options)
+    monkeypatch.setattr(train.Learner, "backward", counted)
+    tiny(str(tmp_path), text, batch_size=6, max_steps=10)
+    assert "a step is 3 micro-batches of 2 rows" in capsys.readouterr().out
+    assert len(passes) == 3 + 3 * 10            # 6 rows are tried, then 3, then 2
+
+
 def test_a_row_that_does_not_fit_says_what_to_change(text, tmp_path, monkeypatch):
     too_large(monkeypatch, 0)
     with pytest.raises(SystemExit, match="error: 1 rows of 64 tokens .*--recompute"):
@@ -300,9 +313,12 @@ def still_there(session):
     return found.stdout.split()
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param(
-    {"shard": True, "recompute": True}, marks=pytest.mark.skipif(
-        torch.__version__.startswith("2.6"), reason="torch 2.6 has FSDP2 on GPUs only"))])
+fsdp_on_a_cpu = pytest.mark.skipif(torch.__version__.startswith("2.6"),
+                                   reason="torch 2.6 has FSDP2 on GPUs only")
+
+
+@pytest.mark.parametrize("more", [{}, pytest.param({"shard": True, "recompute": True},
+                                                   marks=fsdp_on_a_cpu)])
 def test_two_processes_train_as_one_does(more, text, tmp_path):
     """A fixed mixture: the bandit's choice among proposals can tip by a rounding."""
     settings = dict(max_steps=50, batch_size=6)
@@ -314,6 +330,23 @@ def test_two_processes_train_as_one_does(more, text, tmp_path):
     for key in ("train_loss", "mean_loss", "arm_share"):
         here, there = ([line[key] for line in log if key in line] for log in (one, two))
         assert len(here) >= 5 and np.allclose(here, there, atol=1e-5)
+
+
+@fsdp_on_a_cpu
+def test_what_one_process_has_begun_two_end_in_shards(text, tmp_path, monkeypatch):
+    one, both = str(tmp_path / "one"), str(tmp_path / "both")
+    tiny(one, text, shard=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_in_step(patch, 17)
+        tiny(both, text, shard=True)
+    assert torchrun(2, both, text, shard=True, resume=True).wait(120) == 0
+    assert checkpoint(both)["step"] == checkpoint(one)["step"] > 17
+    one, both = (checkpoint(path) for path in (one, both))
+    for k, kept in one["optimizer"]["state"].items():
+        for name, value in kept.items():
+            assert torch.allclose(both["optimizer"]["state"][k][name], value, atol=1e-5)
+    for name, value in one["model"].items():
+        assert torch.allclose(both["model"][name], value, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGKILL to a rank"])
