@@ -169,7 +169,7 @@ def package_files() -> list[Path]:
     return files
 
 
-def tables(copies: int) -> list[Path]:
+def tables(copies=15) -> list[Path]:
     """numpy's tables so many times, every hexadecimal digit drawn anew: what stands there can be
     neither guessed nor learnt by heart, only looked up. (0.2% of the numbers are in capitals, and
     stay.)"""
@@ -194,9 +194,7 @@ def find_files(data: str) -> list[Path]:
     if data == "packages":
         files = package_files()
     elif data == "tables":
-        files = tables(15)
-    elif data == "mixed":
-        files = package_files() + tables(53)                    # half of the tokens each
+        files = tables()
     elif data == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in sorted(path.rglob("*.py"))
@@ -211,7 +209,7 @@ def find_files(data: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
-            f"folder, tables (of numbers), stdlib (Python's), packages (pip installed) or mixed")
+            f"folder, tables (of numbers), stdlib (Python's) or packages (what pip installed)")
     return files
 
 
@@ -314,9 +312,8 @@ class Corpus:
 
     data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
     (train.bin and val.bin, uint16), tables (numpy's, 18 million tokens), stdlib (Python's
-    source), packages (the text of what pip installed beside us) or mixed (these and, as much again,
-    tables). Text is tokenised once, into nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME
-    or ~/.cache.
+    source) or packages (the text of what pip installed beside us). Text is tokenised once, into
+    nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache.
     size: tokens of each split; fingerprint: a digest of text and vocabulary, wherever they lie.
     Unusable data raise ValueError or FileNotFoundError.
     """

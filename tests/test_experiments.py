@@ -81,21 +81,21 @@ def programs(monkeypatch):
 
 
 def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(programs, tmp_path):
-    figure1.main([f"--out_dir={tmp_path}", "--preset=mixed", "--jobs=1",
+    figure1.main([f"--out_dir={tmp_path}", "--preset=packages", "--jobs=1",
                   "--only=hawk-birdie-1,gated_ssm-none-2"])
     common = dict(workers="0")
     score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
 
     def tuned(**source):
-        return [("eval_phonebook.py", {**source, "lr": rate, "test_books": "0",
-                                       "entries_min": "4"})
+        return [("eval_phonebook.py", {**source, "lr": rate, "test_books": "0", "batch_size": "2",
+                                       "max_steps": "1066", "entries_min": "4"})
                 for rate in ("0.001", "0.002", "0.004")] + [("eval_phonebook.py", score)]
 
     assert programs.commands == [
         *tuned(**common, seed="2", scratch="gated_ssm")[:3], ("eval_phonebook.py", score),
-        ("train.py", dict(**common, seed="1", data="mixed", max_steps="24500", eval_rows="2",
-                          arch="hawk", mixture="birdie")),
-        *tuned(**common, seed="1", ckpt=f"{tmp_path}/mixed/hawk-birdie-1/ckpt.pt")]
+        ("train.py", dict(**common, seed="1", preset="wide", d_model="192", d_state="384",
+                          n_head="4", lr="2e-3", arch="hawk", mixture="birdie")),
+        *tuned(**common, seed="1", ckpt=f"{tmp_path}/packages/hawk-birdie-1/ckpt.pt")]
     runs = json.loads((tmp_path / "figure1.json").read_text())
     assert [(run["pretrained"], run["config"]["lr"]) for run in runs] == [
         ("none", 2e-3), ("birdie", 2e-3)]
