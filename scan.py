@@ -55,7 +55,7 @@ def scan_loop(a, x, reverse=False):
 # ---- PyTorch: two levels of sqrt(T) steps, for any device ----------------------------------------
 
 def torch_scan(a, x, h, reverse):
-    """Write h.
+    """Write the states h.
 
     Time is cut into K chunks of C = sqrt(T) steps. One operation takes a step in all chunks at
     once: the three passes of the header take about 3 C + K operations, where the loop takes T.
@@ -92,7 +92,7 @@ def torch_walk(a, x, out, reverse, h=None, da=None):
     if da is None:
         return torch_scan(a, x, out, reverse)
     early, late = slice(None, -1), slice(1, None)
-    if not reverse:                                             # it is the scan that was
+    if not reverse:                                             # the scan came the other way
         early, late = late, early
     later = torch.zeros_like(a)
     later[:, early] = a[:, late]
