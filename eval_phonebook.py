@@ -37,10 +37,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import train                       # before torch: it sets how threads wait
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from model import LM, MIXERS, errors_in_one_line, fits, load_checkpoint
-from objectives import Loader, Tokenizer, lay_out, pack
+from objectives import Loader, Tokenizer, lay_out, pack, progress_bar
 
 STARTS = "A Be Bo Ca Da De E Fa Fe Ga He I Jo Ka La Le Lo Ma Me Mi Na No O Pa Ra Ro Sa Se Ta Vi"
 MIDDLES = "be ci da di fo ga ki la le lo ma mi mo na ni pe ra re ri ro sa si ta te to va vi wi ya"
@@ -285,8 +284,7 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
         with fits(args.out_dir):
             learner.load_state_dict(saved)
     batches = Loader(books, args.seed, args.workers).steps(begin, args.max_steps, None)
-    bar = tqdm(batches, "fine-tuning", args.max_steps, initial=begin, unit="step",
-               mininterval=0.1 if sys.stderr.isatty() else 30)
+    bar = progress_bar(batches, "fine-tuning", args.max_steps, initial=begin, unit="step")
     for step, batch in enumerate(bar, begin + 1):
         stop.at_once = False
         falling = (args.max_steps - step + 1) / max(1, args.cooldown * args.max_steps)

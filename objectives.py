@@ -41,6 +41,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -48,7 +49,7 @@ import time
 import zlib
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -60,6 +61,7 @@ from tqdm import tqdm
 
 RESET_FORWARD, RESET_REVERSE = 1, 2     # bits of `reset`, which model.py reads (section A.4)
 IGNORE = -100                           # a target without loss
+progress_bar = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 30)    # s; few in a file
 
 
 # ---- text to tokens ----------------------------------------------------------------------------
@@ -246,7 +248,8 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
 
     not_text = []
     size = sum(path.stat().st_size for path in files)
-    bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=size < 10_000_000)
+    bar = progress_bar(total=size, desc="tokenising", unit="B", unit_scale=True,
+                       disable=size < 10_000_000)
     text, paths = readable(), (folder / "train.bin", folder / "val.bin")
     with open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor() as pool:
         while ahead := list(itertools.islice(text, 4 * (os.cpu_count() or 1))):
@@ -273,7 +276,8 @@ def content(paths, *key) -> str:
     """A digest of what stands in these files, and of the key."""
     digest = hashlib.sha256(json.dumps(key).encode())
     size = sum(path.stat().st_size for path in paths)
-    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=size < 1e9) as bar:
+    with progress_bar(total=size, desc="reading", unit="B", unit_scale=True,
+                      disable=size < 1e9) as bar:
         for path in paths:
             digest.update(f"{path.suffix} {path.stat().st_size} ".encode("utf-8", "replace"))
             with open(path, "rb") as file:

@@ -58,7 +58,8 @@ from tqdm import tqdm
 import scan
 from model import (IGNORE, LM, MIXERS, ModelConfig, command_line, errors_in_one_line, fits,
                    load_checkpoint)
-from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer
+from objectives import (CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer,
+                        progress_bar)
 from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler, reward
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -765,8 +766,8 @@ def take_steps(run, stop):
     args, (rank, n_processes) = run.args, processes()
     loader = Loader(run.batches, args.seed, args.workers)
     evaluations = evaluation_steps(args.max_steps)
-    with tqdm(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
-              mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank > 0) as bar:
+    with progress_bar(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
+                      disable=rank > 0) as bar:
         for begin, end in zip(evaluations, [*evaluations[1:], args.max_steps + 1]):
             if end <= run.start:
                 continue

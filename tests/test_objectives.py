@@ -546,6 +546,16 @@ def test_odd_text_is_kept_and_what_is_no_text_is_named(tok, tmp_path, capsys):
     assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
 
 
+def test_a_progress_bar_in_a_file_is_a_few_lines(tmp_path):
+    for k in range(25):
+        (tmp_path / f"{k}.txt").write_text("ten bytes\n" * 41_000)      # 10 MB in all
+    program = "from objectives import *; Corpus('.', Tokenizer('bytes', 16))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path),
+                                          "PYTHONPATH": os.path.dirname(objectives.__file__)})
+    assert done.returncode == 0 and 1 <= done.stderr.count("tokenising") <= 3, done.stderr
+
+
 def test_tables_are_numpys_with_digits_that_never_repeat(monkeypatch, tmp_path):
     files = sorted(pathlib.Path(np.__file__).parent.rglob("*.csv"))
     numpys = b"".join(path.read_bytes() for path in files).decode()
