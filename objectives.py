@@ -61,7 +61,8 @@ from tqdm import tqdm
 
 RESET_FORWARD, RESET_REVERSE = 1, 2     # bits of `reset`, which model.py reads (section A.4)
 IGNORE = -100                           # a target without loss
-progress_bar = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 30)    # s; few in a file
+# seconds between two states of a bar; outside a terminal each is a line of a log
+progress_bar = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 # ---- text to tokens ----------------------------------------------------------------------------

@@ -161,6 +161,7 @@ def test_a_folder_is_for_one_comparison_at_a_time(tmp_path):
     assert f"another process is at work in {tmp_path}" in second.stderr
     assert second.returncode == 1 and not tmp_path.exists()     # the first has written nothing
 
+
 @pytest.mark.parametrize("argv, message", [
     (["--only=gated_ssm-birdie-1,hawk_ntp"], "no run matches 'hawk_ntp' .* gated_ssm-birdie-1"),
     (["--jobs=0"], "--jobs: 0 is not from 1"), (["--preset=tpu"], "invalid choice: 'tpu'"),
