@@ -10,10 +10,9 @@ printed. The rate with the most digits right on validation books is scored on te
 command goes on where an earlier one stopped and leaves alone what is done. After each run
 figure1.json holds all that are there; at the end come a markdown table and figure1.png.
 
-The number of threads changes how sums are rounded, and so the result; with several, the same
-command need not give it twice. In experiments/figure1.json the runs on tables had one thread each;
-those on real text were pretrained on a GPU, and `wide` was fine-tuned and scored there too, with
-512 books.
+The number of threads changes how sums are rounded, and so the result; with several, and on a GPU,
+the same command need not give it twice. experiments/README.md says where each run of
+experiments/figure1.json was made.
 """
 import ctypes
 import fnmatch
@@ -261,8 +260,8 @@ def show_table(found):
 
 
 def plot(found, picture):
-    """Above, digits right in test books: the mean over seeds, from the lowest to the highest, or
-    one seed's interval over its books. Below, the validation books during fine-tuning."""
+    """Above, digits right in test books: the mean over seeds and, thin, every seed, or one seed
+    and its interval over books. Below, the validation books during fine-tuning."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -281,14 +280,15 @@ def plot(found, picture):
             for axis, x, series in ((above, "n_entries", [run["results"] for run in runs]),
                                     (below, "step", [run["curve"] for run in runs])):
                 values = np.array([[point["digits"] for point in each] for each in series])
-                low, high = values.min(0), values.max(0)
-                if len(runs) == 1 and x == "n_entries":
+                at, mean, bars = [point[x] for point in series[0]], values.mean(0), None
+                if len(runs) > 1:
+                    axis.plot(at, values.T, color=color, lw=0.8, alpha=0.7)
+                elif axis is above:
                     low, high = np.array([each["digits_interval"] for each in series[0]]).T
-                at, mean = [point[x] for point in series[0]], values.mean(0)
+                    bars = mean - low, high - mean
                 lines[label] = axis.errorbar(
-                    at, mean, (mean - low, high - mean) if x == "n_entries" else None,
-                    color=color, lw=width, elinewidth=1, capsize=2, zorder=1 + width,
-                    marker="o" * (x == "n_entries"), ms=1.6 * width)
+                    at, mean, bars, color=color, lw=width, elinewidth=1, capsize=2,
+                    zorder=1 + width, marker="o" * (axis is above), ms=1.6 * width)
         above.set_title("\n".join([PRESETS[preset][0], ARCHITECTURES[arch] * (arch != "gated_ssm"),
                                    f"books from {start} entries" * (start != STARTS[0])]).strip(),
                         fontsize="medium")
