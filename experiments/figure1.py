@@ -40,16 +40,17 @@ from model import command_line, errors_in_one_line
 
 ARCHITECTURES = {"gated_ssm": "Gated SSM", "hawk": "Hawk", "transformer": "Transformer"}
 NO_FOCUS = ["--mixture=birdie", "--focus=none"]
-PRETRAINING = {                         # its flags, its name, color and width
-    "birdie": (["--mixture=birdie"], "Birdie", "C0", 2.8),
-    "ntp": (["--mixture=ntp"], "next token prediction", "C3", 2.8),
-    "none": (None, "none", "0.35", 2.8),
-    "no-focus": (NO_FOCUS, "Birdie, no focus", "C4", 1.2),
-    "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal", "C9", 1.2),
-    "fixed": (["--mixture=fixed"], "fixed mixture", "C2", 1.2),
-    "no-copying": (["--mixture=no-copying"], "fixed, no copying", "C8", 1.2),
-    "ntp-copying": (["--mixture=ntp-copying"], "next token, copying", "C6", 1.2),
-    "ul2": (["--mixture=ul2"], "UL2", "C1", 1.2)}
+PRETRAINING = {                         # its flags and its name
+    "birdie": (["--mixture=birdie"], "Birdie"),
+    "ntp": (["--mixture=ntp"], "next token prediction"),
+    "none": (None, "none"),
+    "no-focus": (NO_FOCUS, "Birdie, no focus"),
+    "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal"),
+    "fixed": (["--mixture=fixed"], "fixed mixture"),
+    "no-copying": (["--mixture=no-copying"], "fixed, no copying"),
+    "ntp-copying": (["--mixture=ntp-copying"], "next token, copying"),
+    "ul2": (["--mixture=ul2"], "UL2")}
+COLORS = {"birdie": "C0", "ntp": "C3", "none": "0.35"}      # of the lines; the others are pale
 RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
     *(("gated_ssm", kind, seed) for seed in (1, 2, 3)
       for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
@@ -259,9 +260,15 @@ def show_table(found):
             print("| " + " | ".join(cells) + " |")
 
 
+def by_heart(n_entries):
+    """Digits right where a random entry's number is the answer."""
+    return 1 / n_entries + (1 - 1 / n_entries) / 10
+
+
 def plot(found, picture):
     """Above, digits right in test books: the mean over seeds and, thin, every seed, or one seed
-    and its interval over books. Below, the validation books during fine-tuning."""
+    and its interval over books. Below, the validation books during fine-tuning. Mixtures without a
+    color of their own are alike."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -272,38 +279,41 @@ def plot(found, picture):
     figure, axes = plt.subplots(2, len(panels), figsize=(1.5 + 3 * len(panels), 6.6),
                                 layout="constrained", squeeze=False, sharey=True)
     for ((preset, arch, start), arms), (above, below) in zip(panels.items(), axes.T):
-        sizes = [each["n_entries"] for each in arms[next(iter(arms))][0]["results"]]
-        by_heart = [1 / n + (1 - 1 / n) / 10 for n in sizes]        # the rest are right by chance
-        lines["a random entry's number"], = above.plot(sizes, by_heart, "k:", lw=1)
+        shown = arms[next(iter(arms))][0]
+        sizes = np.array([each["n_entries"] for each in shown["results"]])
+        lines["a random entry's number"], = above.plot(sizes, by_heart(sizes), "k:", lw=1)
+        below.axhline(by_heart(shown["config"]["entries_max"]), color="k", linestyle=":", lw=1)
         for kind, runs in arms.items():
-            _, label, color, width = PRETRAINING[kind]
             for axis, x, series in ((above, "n_entries", [run["results"] for run in runs]),
                                     (below, "step", [run["curve"] for run in runs])):
                 values = np.array([[point["digits"] for point in each] for each in series])
                 at, mean, bars = [point[x] for point in series[0]], values.mean(0), None
+                if kind not in COLORS:
+                    lines["another mixture"], *_ = axis.plot(at, values.T, "C2", lw=1, alpha=0.4)
+                    continue
                 if len(runs) > 1:
-                    axis.plot(at, values.T, color=color, lw=0.8, alpha=0.7)
+                    axis.plot(at, values.T, COLORS[kind], lw=0.8, alpha=0.7)
                 elif axis is above:
                     low, high = np.array([each["digits_interval"] for each in series[0]]).T
                     bars = mean - low, high - mean
-                lines[label] = axis.errorbar(
-                    at, mean, bars, color=color, lw=width, elinewidth=1, capsize=2,
-                    zorder=1 + width, marker="o" * (axis is above), ms=1.6 * width)
+                lines[PRETRAINING[kind][1]] = axis.errorbar(
+                    at, mean, bars, color=COLORS[kind], lw=2.8, elinewidth=1, capsize=2, zorder=4,
+                    marker="o" * (axis is above), ms=4.5)
         above.set_title("\n".join([PRESETS[preset][0], ARCHITECTURES[arch] * (arch != "gated_ssm"),
                                    f"books from {start} entries" * (start != STARTS[0])]).strip(),
                         fontsize="medium")
         above.set_xscale("log", base=2)
         above.xaxis.set_major_formatter("{x:.0f}")
-        below.axhline(0.1, color="black", linestyle=":", lw=1)
         above.set_xlabel("entries of a test book")
         below.set_xlabel("step of fine-tuning")
     for axis, what in zip(axes[:, 0], ("test books", "validation books")):
         axis.set(ylabel=f"digits right, {what}", ylim=(0, 1.02))
         axis.yaxis.set_major_formatter("{x:.0%}")
-    order = [name for _, name, _, _ in PRETRAINING.values() if name in lines]
-    order.append("a random entry's number")
+    order = [PRETRAINING[kind][1] for kind in COLORS]
+    order = [name for name in [*order, "another mixture", "a random entry's number"]
+             if name in lines]
     figure.legend([lines[name] for name in order], order, loc="outside upper center",
-                  title="pretraining", ncols=1 + len(panels), frameon=False)
+                  title="pretraining", ncols=2 + len(panels), frameon=False)
     plt.savefig(picture, dpi=110)
     plt.close(figure)
     print(f"\nwrote {picture}")
