@@ -39,12 +39,11 @@ from tqdm import tqdm
 from model import command_line, errors_in_one_line
 
 ARCHITECTURES = {"gated_ssm": "Gated SSM", "hawk": "Hawk", "transformer": "Transformer"}
-NO_FOCUS = ["--mixture=birdie", "--focus=none"]
 PRETRAINING = {                         # its flags and its name
     "birdie": (["--mixture=birdie"], "Birdie"),
     "ntp": (["--mixture=ntp"], "next token prediction"),
     "none": (None, "none"),
-    "no-focus": (NO_FOCUS, "Birdie, no focus"),
+    "no-focus": (["--mixture=birdie", "--focus=none"], "Birdie, no focus"),
     "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal"),
     "fixed": (["--mixture=fixed"], "fixed mixture"),
     "no-copying": (["--mixture=no-copying"], "fixed, no copying"),
