@@ -194,6 +194,11 @@ def tables(copies=15) -> list[Path]:
 
 def find_files(data: str) -> list[Path]:
     path = Path(os.path.expanduser(data))
+    if "," in data and not path.exists():
+        return [file for part in data.split(",") for file in find_files(part)]
+    if (path / "train.bin").is_file():
+        raise ValueError(f"{data} holds tokens, which cannot stand beside text in --data; pass the "
+                         f"text that they were made from")
     if data == "packages":
         files = package_files()
     elif data == "tables":
@@ -209,7 +214,7 @@ def find_files(data: str) -> list[Path]:
             print(f"text     {', '.join(markup)} is read as plain text, marks and all; JSON lines "
                   f"with a `text` ({', '.join(sorted(JSON_LINES))}) are taken apart")
     files = [f for f in files if f.is_file()]
-    if not files:
+    if not (data and files):
         raise FileNotFoundError(
             f"no file at {data!r}: --data takes a text file, a folder, a .jsonl file, a nanoGPT "
             f"folder, tables (of numbers), stdlib (Python's) or packages (what pip installed)")
@@ -315,10 +320,11 @@ def mapped(path: str, dtype: str) -> np.memmap:
 class Corpus:
     """Two streams of token ids, 'train' and 'val', that share no token; memory-mapped.
 
-    data: a text file, a folder, a .jsonl file with a `text` on each line, a nanoGPT folder
-    (train.bin and val.bin, uint16), tables (numpy's, 18 million tokens), stdlib (Python's
-    source) or packages (the text of what pip installed beside us). Text is tokenised once, into
-    nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME or ~/.cache.
+    data: a text file, a folder, a .jsonl file with a `text` on each line, tables (numpy's, 18
+    million tokens), stdlib (Python's source), packages (the text of what pip installed beside us),
+    or some of these with commas between them; or a nanoGPT folder (train.bin and val.bin, uint16).
+    Text is tokenised once, into nanoGPT's format, in the folder birdie of $XDG_CACHE_HOME or
+    ~/.cache.
     size: tokens of each split; fingerprint: a digest of text and vocabulary, wherever they lie.
     Unusable data raise ValueError or FileNotFoundError.
     """

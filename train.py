@@ -110,8 +110,8 @@ def parse_args(argv):
     parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
     flag("--init_from", help="checkpoint whose weights, sizes and vocabulary a run begins with")
-    flag("--data", default="tables", help="text file, folder, .jsonl, nanoGPT folder, or tables "
-         "(of numbers), stdlib (Python's), packages (what pip installed)")
+    flag("--data", default="tables", help="text file, folder, .jsonl, tables (of numbers), "
+         "stdlib (Python's), packages (what pip installed), or some with commas; nanoGPT folder")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
     flag("--mixture", default="birdie", choices=MIXTURES, help="which objectives")
     flag("--focus", default="selective_copying", choices=[*CLASSES, "none"],

@@ -611,6 +611,22 @@ def test_nanogpt_folders_are_read_as_they_are(tok, tmp_path):
     assert read(tmp_path, tok, "val") == "<END_OF_TEXT>for validation"
 
 
+def test_several_texts_are_read_as_one_and_a_comma_in_a_name_is_no_list(tok, tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.txt", "b/c.txt", "d,e.txt"):
+        (tmp_path / name).write_text(f"this is {name} " * 20)
+    a, b, comma = (f"{tmp_path}/{name}" for name in ("a.txt", "b", "d,e.txt"))
+    parts = [read(path, tok) for path in (b, a, comma)]
+    assert read(f"{b},{a}", tok) == parts[0] + parts[1]
+    assert read(comma, tok) == parts[2] and "this is d,e.txt" in parts[2]
+    for missing in (f"{a},", f"{a},{tmp_path}/no.txt", f"{a},,{b}"):
+        with one_line("no file at"):
+            Corpus(missing, tok)
+    (tmp_path / "b" / "train.bin").write_bytes(b"a\0")
+    with one_line("holds tokens, .* pass the text"):
+        Corpus(f"{a},{b}", tok)
+
+
 # ---- what cannot be used ends in one line -------------------------------------------------------
 
 BAD_DATA = {        # files, data, message
