@@ -28,7 +28,7 @@ the tests take it from there.
 Run it:  python scheduler.py        the bandit in a simulated run, against uniform
 
 Departures, ours
-    proposals     can reach the corners and have a focus (see `propose`)
+    proposals     can reach the corners (see `propose`)
     reward model  learns the cube root of R, as R goes with dL^3: a fall by 1% earns an
                   eight-thousandth of what 20% does, and would be lost beside it. Its Gated SSM
                   layers scale their input by 1 - f, the paper's do not
@@ -147,7 +147,7 @@ def ntp_copying(arms):
 class FixedMixture:
     """A scheduler that never changes its mind."""
 
-    def __init__(self, weights, arms: Sequence, max_steps=0, seed=0, focus="none"):
+    def __init__(self, weights, arms: Sequence, max_steps=0, seed=0):
         """weights: one of the functions above. The other arguments are those of every scheduler."""
         self.name, self.arms = weights.__name__, arms
         self.action = weights(arms) / weights(arms).sum()
@@ -164,19 +164,16 @@ class FixedMixture:
 
 # ---- the bandit ----------------------------------------------------------------------------------
 
-def propose(arms: Sequence, n: int, rng: np.random.Generator, focus="none"):
+def propose(arms: Sequence, n: int, rng: np.random.Generator):
     """n random actions, float64 (n, arms): a sparse Dirichlet over the classes, a flat one within.
 
     Figure 4's proposals are uniform numbers, normalised: with 96 arms none gives an arm more than
     about twice its share, so next token prediction could not pass 2%, and figure 5 has classes at
     60%. Here too every arm has the same share on average: a model that knows nothing chooses that.
-    focus: a class that has half on average instead, while the others share the rest alike.
     """
     classes = list(dict.fromkeys(arm.cls for arm in arms))
     of_arm = np.array([classes.index(arm.cls) for arm in arms])             # an arm's class
     average = np.bincount(of_arm) / len(arms)
-    if focus != "none":
-        average = np.where(np.array(classes) == focus, 0.5, 0.5 / (len(classes) - 1))
     shares = rng.dirichlet(0.5 * len(classes) * average, n)                 # (n, classes)
     within = rng.exponential(size=(n, len(arms)))       # over its sum: a flat Dirichlet
     sums = within @ np.eye(len(classes))[of_arm]                            # (n, classes)
@@ -212,11 +209,8 @@ class Birdie:
     """The bandit. The same seed, losses and steps give the same actions."""
     train_steps = 200                           # of the reward model, at every evaluation (A.1.5)
 
-    def __init__(self, arms: Sequence, max_steps: int, seed=0, focus="none"):
-        classes = list(dict.fromkeys(arm.cls for arm in arms))
-        if focus not in ("none", *classes):
-            raise ValueError(f"focus {focus!r} is no class; choose none, {', '.join(classes)}")
-        self.arms, self.seed, self.focus = arms, seed, focus
+    def __init__(self, arms: Sequence, max_steps: int, seed=0):
+        self.arms, self.seed = arms, seed
         self.first_choice = round(250 * max_steps / 32000)      # uniform until then (A.1)
         self.weights = class_weights(arms)
         self.action, self.predicted = np.full(len(arms), 1 / len(arms)), None
@@ -262,7 +256,7 @@ class Birdie:
     def choose(self):
         """-> (the mean of the eight best of 2,048 proposals, the total reward predicted for it)."""
         rng = np.random.default_rng([self.seed, len(self.losses)])
-        proposals = propose(self.arms, 2048, rng, self.focus)
+        proposals = propose(self.arms, 2048, rng)
         losses, actions = self.history()
         _, states = self.model(losses[:, :-1], actions)     # the past once, not for each proposal
         weights = torch.tensor(self.weights).float()
@@ -294,7 +288,7 @@ class Birdie:
 
 
 # ---- every scheduler by its name; add your own here ----------------------------------------------
-# A constructor is called with (arms, max_steps, seed, focus).
+# A constructor is called with (arms, max_steps, seed).
 
 MIXTURES = {
     "ntp": partial(FixedMixture, ntp),
@@ -308,14 +302,11 @@ MIXTURES = {
 }
 
 
-def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0, focus: str = "none"):
-    """The scheduler of that name in MIXTURES; ValueError for another name.
-
-    focus: a class that the bandit favours (see `propose`), or "none". Fixed mixtures ignore it.
-    """
+def make_scheduler(name: str, arms: Sequence, max_steps: int, seed: int = 0):
+    """The scheduler of that name in MIXTURES; ValueError for another name."""
     if name not in MIXTURES:
         raise ValueError(f"mixture {name!r} is unknown; choose one of {', '.join(MIXTURES)}")
-    return MIXTURES[name](arms, max_steps, seed, focus)
+    return MIXTURES[name](arms, max_steps, seed)
 
 
 # ---- demonstration -------------------------------------------------------------------------------

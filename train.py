@@ -58,8 +58,7 @@ from tqdm import tqdm
 import scan
 from model import (IGNORE, LM, MIXERS, ModelConfig, command_line, errors_in_one_line, fits,
                    load_checkpoint)
-from objectives import (CLASSES, STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer,
-                        progress_bar)
+from objectives import STOP_SIGNALS, Batches, Corpus, Loader, Tokenizer, progress_bar
 from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler, reward
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -68,14 +67,14 @@ from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler,
 # tables of numbers; text: the same model for prose and code; wide: real text, minutes on a GPU;
 # 1.4b: the paper's (table 7; the rate is ours), whose batch is for many GPUs.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4))
-LARGE = dict(data="packages", focus="none", block_size=2048, memory=2048, beta2=0.95, eval_rows=1,
+LARGE = dict(data="packages", block_size=2048, memory=2048, beta2=0.95, eval_rows=1,
              recompute=True)
 PRESETS = {
     "cpu": SMALL,
-    "text": dict(**SMALL, data="stdlib", focus="none", memory=128, batch_size=32, max_steps=4000,
-                 lr=3e-3, beta2=0.95),
-    "wide": dict(**SMALL, data="packages", focus="none", d_model=512, d_state=1024, n_head=8,
-                 block_size=256, batch_size=64, max_steps=4000, lr=1e-3, eval_rows=2),
+    "text": dict(**SMALL, data="stdlib", memory=128, batch_size=32, max_steps=4000, lr=3e-3,
+                 beta2=0.95),
+    "wide": dict(**SMALL, data="packages", d_model=512, d_state=1024, n_head=8, block_size=256,
+                 batch_size=64, max_steps=4000, lr=1e-3, eval_rows=2),
     "gpu": dict(**LARGE, n_layer=dict(gated_ssm=12, hawk=6, transformer=10), d_model=512,
                 d_state=1024, n_head=8, batch_size=32, max_steps=3800, lr=1e-3),
     "110m": dict(**LARGE, n_layer=dict(gated_ssm=18, hawk=8, transformer=15), d_model=768,
@@ -114,8 +113,6 @@ def parse_args(argv):
          "stdlib (Python's), packages (what pip installed), or some with commas; nanoGPT folder")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
     flag("--mixture", default="birdie", choices=MIXTURES, help="which objectives")
-    flag("--focus", default="selective_copying", choices=[*CLASSES, "none"],
-         help="the class that has half of the bandit's proposals on average")
     flag("--arch", default="gated_ssm", choices=MIXERS, help="kind of block")
     flag("--causal", action="store_true", help="no block reads the prefix right to left")
     flag("--n_layer", default=4, help="blocks; a preset has its own for each --arch")
@@ -164,9 +161,10 @@ def parse_args(argv):
 def resumed(parser, argv, config, path, may_change):
     """The saved settings; a flag that contradicts one is an error, unless it may change."""
     args = parser.parse_args(argv, argparse.Namespace(**config))
-    if unknown := sorted(vars(args).keys() - config.keys()):
-        raise ValueError(f"{path} is of another version, which has no {', '.join(unknown)}; go on "
-                         f"with the code it was made with, or start anew in another --out_dir")
+    if unknown := sorted(vars(parser.parse_args([])).keys() ^ config.keys()):
+        raise ValueError(f"{path} is of another version, with another set of flags "
+                         f"({', '.join(unknown)}); go on with the code it was made with, or start "
+                         f"anew in another --out_dir")
     for name, value in config.items():
         if getattr(args, name) == "auto":       # as it was settled on then
             setattr(args, name, value)
@@ -672,8 +670,7 @@ class Run:
         self.data = dict(corpus.size, fingerprint=corpus.fingerprint)
         self.batches = Batches(corpus, self.tok, args.block_size, args.batch_size)
         self.arms = self.batches.arms
-        self.scheduler = make_scheduler(args.mixture, self.arms, args.max_steps, args.seed,
-                                        args.focus)
+        self.scheduler = make_scheduler(args.mixture, self.arms, args.max_steps, args.seed)
         self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
         self.model.to(args.device)

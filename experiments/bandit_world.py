@@ -83,13 +83,13 @@ def bandit(world: World, seed: int) -> float:
     return run(Birdie(world.arms, 0, seed), world)                  # 0 steps: it decides at once
 
 
-def flat(arms, n, rng, focus):
+def flat(arms, n, rng):
     """Proposals as in figure 4: uniform numbers, normalised."""
     weights = rng.random((n, len(arms)))
     return weights / weights.sum(1, keepdims=True)
 
 
-def pareto(arms, n, rng, focus):
+def pareto(arms, n, rng):
     """The authors' later code: a quarter uniform numbers, the rest Pareto's of shape 1, 2, 3."""
     weights = 1 + rng.pareto([[[1]], [[2]], [[3]]], (3, n // 4, len(arms)))
     weights = np.concatenate([*weights, rng.random((n - 3 * (n // 4), len(arms)))])

@@ -371,7 +371,7 @@ INPUTS = (                              # command, its numeric flags, other argu
      "--tokenizer=nothing --tokenizer=bad.tiktoken --tokenizer= --tokenizer=nothing.txt "
      "--tokenizer=short.txt --tokenizer=empty --device=tpu --device=cuda --device=cuda:99 "
      "--device=mps --device=cpu:x --device= --dtype=int8 --compile=maybe --preset=x --mixture=x "
-     "--arch=x --focus=x --out_dir= --out_dir=short.txt/run --lrr=1 --lr extra --resume "
+     "--arch=x --data=, --out_dir= --out_dir=short.txt/run --lrr=1 --lr extra --resume "
      "--resume=yes --d_model=99999999 --d_state=99999999999 --memory=0.5 --n_layer=999999999 "
      "--eval_rows=999999999 --batch_size=999999999 --arch=transformer~--n_head=5"),
     ([*EVAL, "--max_steps=2"],

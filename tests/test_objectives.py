@@ -307,11 +307,11 @@ def actions(found):
     counts = collections.Counter(arm.cls for arm in found)
     alike = np.array([1 / len(counts) / counts[arm.cls] for arm in found])
     half = np.array([arm.cls == "selective_copying" for arm in found])
-    focus = 0.5 * np.where(half, alike / alike[half].sum(), alike / alike[~half].sum())
-    return {"uniform": np.full(len(found), 1 / len(found)), "fixed": alike, "focus": focus}
+    uneven = 0.5 * np.where(half, alike / alike[half].sum(), alike / alike[~half].sum())
+    return {"uniform": np.full(len(found), 1 / len(found)), "fixed": alike, "uneven": uneven}
 
 
-@pytest.mark.parametrize("action", ["uniform", "fixed", "focus"])
+@pytest.mark.parametrize("action", ["uniform", "fixed", "uneven"])
 def test_every_arm_has_the_share_of_the_action(action, batches, monkeypatch):
     """Within four standard errors of 20,000 draws, in the batches that are trained on."""
     action, drawn = actions(batches.arms)[action], []

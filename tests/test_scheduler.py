@@ -146,29 +146,18 @@ def test_proposals_are_uniform_on_average_and_reach_the_corners():
     assert (by_class(actions).max(0) > 0.5).all()
 
 
-def test_a_focus_has_half_on_average_and_the_other_classes_share_the_rest():
-    actions = propose(EVERY, 2048, np.random.default_rng(0), focus="copying")
-    shares = dict(zip(CLASSES, by_class(actions).T))
-    assert abs(shares["copying"].mean() - 0.5) < 0.02 and shares["copying"].std() > 0.1
-    others = [shares[cls].mean() for cls in CLASSES if cls != "copying"]
-    assert np.allclose(others, 0.5 / len(others), atol=0.012)
-
-
-def test_the_bandit_takes_its_focus_and_a_fixed_mixture_ignores_it(monkeypatch):
+def test_the_bandit_tries_2048_proposals(monkeypatch):
     asked = []
 
-    def few(arms, n, rng, focus):
-        asked.append((n, focus))
-        return propose(arms, 8, rng, focus)
+    def few(arms, n, rng):
+        asked.append(n)
+        return propose(arms, 8, rng)
 
     monkeypatch.setattr(scheduler, "propose", few)
-    bandit = make_scheduler("birdie", EVERY, 0, seed=0, focus="copying")
+    bandit = make_scheduler("birdie", EVERY, 0, seed=0)
     for step in (0, 1):
         bandit.update(step, np.full(len(EVERY), 2.0))
-    assert asked == [(2048, "copying")]
-    assert share(make_scheduler("ntp", EVERY, 0, 0, "copying").action, "copying") == 0
-    with pytest.raises(ValueError, match="'copy' is no class; choose none, .*copying"):
-        make_scheduler("birdie", EVERY, 0, focus="copy")
+    assert asked == [2048]
 
 
 def test_the_bandit_is_uniform_until_its_first_choice_and_deterministic_by_seed():

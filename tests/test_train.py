@@ -717,7 +717,7 @@ def test_a_run_begins_with_the_weights_of_another_on_other_text(finished, tmp_pa
 class TakeTurns:
     """A scheduler: at every evaluation the next arm, alone."""
 
-    def __init__(self, arms, max_steps, seed, focus):
+    def __init__(self, arms, max_steps, seed):
         self.turn, self.action = 0, np.eye(len(arms))[0]
 
     def update(self, step, losses):
@@ -769,8 +769,7 @@ def test_a_class_named_in_objectives_trains_is_logged_and_shown(text, tmp_path):
     assert source.count("CLASSES = tuple(OBJECTIVES)") == 1
     (tree / "objectives.py").write_text(
         source.replace("CLASSES = tuple(OBJECTIVES)", NINTH + "CLASSES = tuple(OBJECTIVES)"))
-    settings = {**TINY, "data": text, "out_dir": out_dir, "mixture": "birdie", "focus": "reversing",
-                "max_steps": 4}
+    settings = {**TINY, "data": text, "out_dir": out_dir, "mixture": "birdie", "max_steps": 4}
     shown = subprocess.run([sys.executable, tree / "train.py", *flags(**settings)], check=True,
                            capture_output=True, text=True, env=ENV).stdout
     assert "--- reversing" in shown
@@ -847,7 +846,7 @@ BAD = [
     (dict(data="binary.txt"), "--data"), (dict(data="bad.jsonl"), "text"),
     (dict(data="other_tokens"), "--tokenizer"), (dict(data="odd_size"), "prepare"),
     (dict(tokenizer="gpt3"), "gpt2"), (dict(tokenizer="bad.tiktoken"), "tiktoken"),
-    (dict(mixture="birdy"), "birdie"), (dict(arch="no_such"), "hawk"), (dict(focus="x"), "copying"),
+    (dict(mixture="birdy"), "birdie"), (dict(arch="no_such"), "hawk"),
     (dict(device="mps"), "--device=cpu"), (dict(device="cuda"), "--device=cpu"),
     (dict(device="tpu"), "choose cpu"), (dict(compile="graphs"), "--compile=yes"),
     (dict(block_size=16), "--block_size"), (dict(arch="transformer", d_model=18), "n_head"),
