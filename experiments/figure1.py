@@ -43,7 +43,6 @@ PRETRAINING = {                         # its flags and its name
     "birdie": (["--mixture=birdie"], "Birdie"),
     "ntp": (["--mixture=ntp"], "next token prediction"),
     "none": (None, "none"),
-    "no-focus": (["--mixture=birdie", "--focus=none"], "Birdie, no focus"),
     "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal"),
     "fixed": (["--mixture=fixed"], "fixed mixture"),
     "no-copying": (["--mixture=no-copying"], "fixed, no copying"),
@@ -52,13 +51,15 @@ PRETRAINING = {                         # its flags and its name
 COLORS = {"birdie": "C0", "ntp": "C3", "none": "0.35"}      # of the lines; the others are pale
 RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
     *(("gated_ssm", kind, seed) for seed in (1, 2, 3)
-      for kind in ("birdie", "ntp", "none", "no-focus", "fixed")),
+      for kind in ("birdie", "ntp", "none", "fixed")),
     *(("gated_ssm", kind, 1) for kind in ("birdie-causal", "no-copying", "ntp-copying", "ul2")),
     *((arch, kind, 1) for arch in ("hawk", "transformer") for kind in ("birdie", "ntp", "none")))}
 RATES, SIZES = (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
 SMALL = ["--d_model=192", "--d_state=384", "--n_head=4", "--lr=2e-3"]
 PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its rates, test sizes
     "tables": ("tables of numbers, 2.3 million parameters", [], [], RATES, SIZES),
+    "mixed": ("a fifth tables, else real text, 2.3 million",
+              ["--data=packages,tables", "--max_steps=24500", "--eval_rows=2"], [], RATES, SIZES),
     "packages": ("real text, 2.3 million parameters", ["--preset=wide", *SMALL],
                  ["--max_steps=1066", "--batch_size=2"], RATES, SIZES),
     "wide": ("real text, 12.6 million parameters", ["--preset=wide"], ["--preset=wide"],
