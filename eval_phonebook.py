@@ -21,7 +21,6 @@ Departures from the paper, ours: the presets `cpu` and `gpu` scale books, steps 
 to small models (`paper` has the paper's own, and longer rows, which our tokens need); the names;
 books that grow, as large ones alone hide what is to be learnt.
 """
-import argparse
 import itertools
 import json
 import os
@@ -38,7 +37,7 @@ import train                       # before torch: it sets how threads wait
 import numpy as np
 import torch
 
-from model import LM, MIXERS, errors_in_one_line, fits, load_checkpoint
+from model import LM, MIXERS, errors_in_one_line, fits, load_checkpoint, number
 from objectives import Loader, Tokenizer, lay_out, pack, progress_bar
 
 STARTS = "A Be Bo Ca Da De E Fa Fe Ga He I Jo Ka La Le Lo Ma Me Mi Na No O Pa Ra Ro Sa Se Ta Vi"
@@ -63,16 +62,14 @@ MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
 
 def counts(text):
     """A type of flag: numbers with commas between them."""
-    found = [int(count) for count in text.split(",")]
-    if min(found) < 1 or max(found) > 10 ** 4:
-        raise argparse.ArgumentTypeError(f"{text} has numbers that are not from 1 to 10000")
-    return found
+    return [number(int, 1, 10 ** 4)(count) for count in text.split(",")]
 
 
 def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
     parser, flag = train.shared_flags("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
-    flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
+    flag("--ckpt", type=os.path.expanduser,
+         help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")
@@ -129,8 +126,7 @@ def names(split: str):
 
 def phone_numbers(rng, n):
     """Ten random digits each, as 669-174-4914."""
-    digits = rng.integers(10, size=(n, 10)).astype(str)
-    return [f"{''.join(d[:3])}-{''.join(d[3:6])}-{''.join(d[6:])}" for d in digits]
+    return ["{}{}{}-{}{}{}-{}{}{}{}".format(*digits) for digits in rng.integers(10, size=(n, 10))]
 
 
 def write_book(rng, n_entries: int, n_numbers: int, split: str, question="both"):
@@ -295,7 +291,7 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
             digits = score(responder(model, tok, args), held_out)["digits"]
             loss = torch.stack([loss.cpu() for loss in losses]).mean().item()
             curve.append(dict(step=step, loss=loss, digits=digits))
-            bar.set_postfix_str(f"loss {curve[-1]['loss']:.3f}, {digits:.0%} of digits")
+            bar.set_postfix_str(f"loss {loss:.3f}, {digits:.0%} of digits")
             losses.clear()
         if at_point or stop.asked:
             progress = dict(learner.state_dict(), step=step, curve=curve,
@@ -380,8 +376,7 @@ def finetune_and_score(args, tuned, stop):
         json.dump(found, file, indent=1)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
     with errors_in_one_line():
         if argv == ["book"]:
             print("\n\n".join(write_book(np.random.default_rng(1), 6, 2, "test")))
@@ -390,4 +385,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

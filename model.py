@@ -265,9 +265,9 @@ class Attention(nn.Module):
         self.W_out = linear(config.d_model, config.d_model, n_layer=config.n_layer)
 
     @staticmethod
-    def rotation(position, n, base=250_000.0):
+    def rotation(position, n):
         """position (1 or B, T) -> cos, sin (1 or B, 1, T, n) (arXiv 2104.09864; base: A.8)."""
-        speed = base ** (-torch.arange(n, device=position.device) / n)
+        speed = 250_000.0 ** (-torch.arange(n, device=position.device) / n)
         angle = position[:, None, :, None] * speed
         return angle.cos(), angle.sin()
 
@@ -507,6 +507,8 @@ def fits(path):
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if "allocate" in str(error):            # of memory: errors_in_one_line says so
+            raise
         raise ValueError(f"{path} does not fit this code, which has other parts or sizes "
                          f"({one_line(error)}); use the code it was made with, or train anew")
 
@@ -602,7 +604,7 @@ def answer(argv):
     """A trained model answers a prompt, asked as it was in training."""
     from objectives import CLASSES, Tokenizer, as_prompt    # only here; it imports nothing of ours
     parser, flag = command_line("python model.py --ckpt=FILE --prompt=TEXT [--FLAG=VALUE ...]")
-    flag("--ckpt", required=True, help="a checkpoint of train.py")
+    flag("--ckpt", required=True, type=os.path.expanduser, help="a checkpoint of train.py")
     flag("--prompt", required=True, help="the text; gaps as ___")
     flag("--objective", default="next_token_prediction", choices=CLASSES)
     flag("--start", default="", help="selective_copying: what stands just before the answer")

@@ -224,10 +224,10 @@ def find_files(data: str) -> list[Path]:
 def pieces(path: Path):
     """(does a document begin here, text): a file's chunks, or the `text` of its JSON lines."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        first = True
-        while path.suffix not in JSON_LINES and (piece := file.read(CHUNK) + file.readline(CHUNK)):
-            yield first, piece
-            first = False
+        if path.suffix not in JSON_LINES:
+            chunks = iter(lambda: file.read(CHUNK) + file.readline(CHUNK), "")
+            yield from ((k == 0, chunk) for k, chunk in enumerate(chunks))
+            return
         for number, line in enumerate(file, 1):
             try:
                 text = json.loads(line)["text"] + "" if line.strip() else ""
@@ -595,8 +595,7 @@ def arms(block_size: int) -> tuple[Arm, ...]:
                          f"{MIN_BLOCK} or more")
     kept, dropped = [], []
     for cls, objective in OBJECTIVES.items():
-        options = list(itertools.product(*objective.options.values()))
-        for bounds, values in itertools.product(objective.lengths, options):
+        for bounds, *values in itertools.product(objective.lengths, *objective.options.values()):
             low, high = (max(MIN_TEXT, bound * block_size // 2048) for bound in bounds)
             arm = Arm(cls, low, high, dict(zip(objective.options, values)))
             arm = arm._replace(longest=longest_text(arm, block_size))
@@ -755,8 +754,6 @@ class Batches:
 
 STOP_SIGNALS = [number for number in signal.Signals if number.name in
                 ("SIGINT", "SIGTERM", "SIGHUP")]        # Ctrl-C, a scheduler, a closed terminal
-
-
 tell_once = lru_cache(print)
 
 

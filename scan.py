@@ -261,7 +261,7 @@ def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
     chunks, pieces, back = -(-T // chunk), -(-D // width), da is not None
     job = Job(**tracks, T=T, D=D, chunk=chunk, width=width, lanes=B * chunks * pieces,
               threads=torch.get_num_threads())
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(x):                               # does nothing on the CPU
         job.stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
         if chunks > 1:
             e, p, carried = torch.empty(3, B, chunks, D, device=x.device)

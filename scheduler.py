@@ -147,7 +147,7 @@ def ntp_copying(arms):
 class FixedMixture:
     """A scheduler that never changes its mind."""
 
-    def __init__(self, weights, arms: Sequence, max_steps=0, seed=0):
+    def __init__(self, weights, arms: Sequence, max_steps: int, seed: int):
         """weights: one of the functions above. The other arguments are those of every scheduler."""
         self.name, self.arms = weights.__name__, arms
         self.action = weights(arms) / weights(arms).sum()

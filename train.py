@@ -89,7 +89,7 @@ MAY_CHANGE = {"out_dir", "data", "device", "workers", "compile", "resume"}  # in
 def shared_flags(usage):
     """-> (parser, what adds a flag to it), with what pretraining and fine-tuning share."""
     parser, flag = command_line(usage)
-    flag("--out_dir", default="out", help="run folder")
+    flag("--out_dir", default="out", type=os.path.expanduser, help="run folder")
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, help="of random weights and of the batches")
     flag("--workers", default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 1,
@@ -108,7 +108,8 @@ def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
     parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--init_from", help="checkpoint whose weights, sizes and vocabulary a run begins with")
+    flag("--init_from", type=os.path.expanduser,
+         help="checkpoint whose weights, sizes and vocabulary a run begins with")
     flag("--data", default="tables", help="text file, folder, .jsonl, tables (of numbers), "
          "stdlib (Python's), packages (what pip installed), or some with commas; nanoGPT folder")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
@@ -486,15 +487,12 @@ class Validation:
 def report(step, arms, loss, accuracy, before, action, predicted):
     """One evaluation as the log has it, and a line for each class on the screen.
 
-    before: the losses of the evaluation before, or None; predicted: the total reward that the
-    scheduler expected of the action in force since then; action: what it chose now.
+    before: the losses of the evaluation before; predicted: the total reward that the scheduler
+    expected of the action in force since then; action: what it chose now.
     """
-    rewards = reward(loss if before is None else before, loss)
-    change = loss * 0 if before is None else loss - before
-    weights = class_weights(arms)                       # 1 / arms in the class
+    rewards, weights = reward(before, loss), class_weights(arms)        # 1 / arms in the class
     mean_loss, total = float(weights @ loss / weights.sum()), float(weights @ rewards)
-    observed = None if before is None else total
-    entry = dict(step=step, mean_loss=mean_loss, observed=observed, predicted=predicted)
+    entry = dict(step=step, mean_loss=mean_loss, observed=total, predicted=predicted)
     lines = [f"step {step:,}: mean loss {mean_loss:.3f}, total reward {total:+.2f}"]
     if predicted is not None:
         lines[0] += f" (predicted {predicted:+.2f})"
@@ -506,7 +504,7 @@ def report(step, arms, loss, accuracy, before, action, predicted):
         bar = "#" * round(40 * found["share"])
         line = ("  {:24s} {:20.20s} {share:4.0%}  loss {loss:5.2f} {:+.2f}  "
                 "accuracy {accuracy:4.0%}  reward {reward:+.2f}")
-        lines.append(line.format(cls, bar, mean @ change, **found))
+        lines.append(line.format(cls, bar, mean @ (loss - before), **found))
     tqdm.write("\n".join(lines))
     return entry | dict(arm_loss=loss.tolist(), arm_accuracy=accuracy.tolist(),
                         arm_reward=rewards.tolist(), arm_share=action.tolist())
@@ -584,21 +582,21 @@ class Log:
     def __init__(self, path, resume_at=None):
         """A resumed run writes the lines from its step on again, so the old ones are cut off."""
         self.path, self.writes, end = path, processes()[0] == 0, 0
-        if resume_at is not None and self.writes and os.path.exists(path):
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):        # cut short by a kill
+        if not self.writes:
+            return
+        with writing(path), open(path, "a+b") as file:
+            file.seek(0)
+            for number, line in enumerate(file if resume_at is not None else (), 1):
+                if not line.endswith(b"\n"):            # cut short by a kill
+                    break
+                try:
+                    if json.loads(line)["step"] >= resume_at:
                         break
-                    try:
-                        if json.loads(line)["step"] >= resume_at:
-                            break
-                    except (KeyError, RecursionError, TypeError, ValueError):
-                        raise ValueError(f"{path} line {number} is not of a log: {line[:50]!r}; "
-                                         f"mend or remove it")
-                    end += len(line)
-        if self.writes:
-            with writing(path), open(path, "a") as file:
-                file.truncate(end)
+                except (KeyError, RecursionError, TypeError, ValueError):
+                    raise ValueError(f"{path} line {number} is not of a log: {line[:50]!r}; mend "
+                                     f"or remove it")
+                end += len(line)
+            file.truncate(end)
 
     def write(self, **entry):
         if self.writes:             # JSON knows neither nan nor infinity: null stands for them
@@ -671,7 +669,7 @@ class Run:
         self.batches = Batches(corpus, self.tok, args.block_size, args.batch_size)
         self.arms = self.batches.arms
         self.scheduler = make_scheduler(args.mixture, self.arms, args.max_steps, args.seed)
-        self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable text?
+        self.batches.batch(args.seed, 0, 0, self.scheduler.action, "train")     # usable?
         self.validation = Validation(Batches(corpus, self.tok, args.block_size, args.eval_rows))
         self.model.to(args.device)
         if args.shard and processes()[1] > 1:
@@ -731,7 +729,8 @@ class Run:
         if is_first:
             self.scheduler.update(step, loss.copy())
         self.action = sum_over(self.scheduler.action * is_first).numpy()
-        entry = report(step, self.arms, loss, accuracy, self.before, self.action, predicted)
+        before = loss if self.before is None else self.before
+        entry = report(step, self.arms, loss, accuracy, before, self.action, predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))
         self.before = loss
 

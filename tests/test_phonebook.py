@@ -400,7 +400,7 @@ def test_answers_are_written_from_what_was_written_before():
     (dict(ckpt="nowhere.pt"), "nowhere.pt"),
     (dict(entries_max=40), "pass --block_size="),
     (dict(entries_min=9), "entries_max is 3; it must be entries_min, 9, or more"),
-    (dict(test_entries="8,100000"), "8,100000 has numbers that are not from 1 to 10000"),
+    (dict(test_entries="8,100000"), "argument --test_entries: 100000 is not from 1 to 10000"),
     (dict(test_entries="many"), "argument --test_entries"),
     (dict(test_numbers="5"), "test_numbers [5] are all above test_entries [3, 1]"),
     (dict(lr="inf"), "argument --lr: inf is not from 1e-12 to 100"),

@@ -568,6 +568,16 @@ def test_what_is_intact_and_cannot_be_read_is_not_called_damaged(finished, tmp_p
         checkpoint(finished)
 
 
+def test_a_checkpoint_for_which_memory_is_short_is_not_blamed(finished, tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    for where in (torch.nn.Module, torch.optim.AdamW):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, "load_state_dict", short)
+            with pytest.raises(SystemExit, match="memory is short .*2.00 GiB.; pass smaller sizes"):
+                main(flags(out_dir=finished, resume=True))
+
+
 def test_a_checkpoint_that_does_not_fit_the_code_says_so_in_one_line(finished, tmp_path):
     saved, path = checkpoint(finished), str(tmp_path / "ckpt.pt")
     del saved["model"]["norm.weight"]
@@ -832,6 +842,7 @@ def test_help_shows_the_default_that_a_run_takes(capsys):
 
 
 def test_a_preset_gives_defaults_and_flags_win():
+    assert parse_args(["--out_dir=~/new"]).out_dir == os.path.expanduser("~/new")
     args = parse_args(["--preset=text", "--lr=0.5", "--arch=hawk"])
     assert (args.data, args.memory, args.lr, args.n_layer) == ("stdlib", 128, 0.5, 2)
     for preset in PRESETS:
