@@ -68,8 +68,7 @@ def counts(text):
 def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
     parser, flag = train.shared_flags("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
-    flag("--ckpt", type=os.path.expanduser,
-         help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
+    flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")

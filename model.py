@@ -549,6 +549,8 @@ def command_line(usage):
     def flag(name, **settings):
         if name[2:] in RANGES:
             settings["type"] = number(*RANGES[name[2:]])
+        elif name in ("--out_dir", "--ckpt", "--init_from"):
+            settings["type"] = os.path.expanduser           # a shell leaves --out_dir=~/x as it is
         parser.add_argument(name, **settings)
     return parser, flag
 
@@ -604,7 +606,7 @@ def answer(argv):
     """A trained model answers a prompt, asked as it was in training."""
     from objectives import CLASSES, Tokenizer, as_prompt    # only here; it imports nothing of ours
     parser, flag = command_line("python model.py --ckpt=FILE --prompt=TEXT [--FLAG=VALUE ...]")
-    flag("--ckpt", required=True, type=os.path.expanduser, help="a checkpoint of train.py")
+    flag("--ckpt", required=True, help="a checkpoint of train.py")
     flag("--prompt", required=True, help="the text; gaps as ___")
     flag("--objective", default="next_token_prediction", choices=CLASSES)
     flag("--start", default="", help="selective_copying: what stands just before the answer")

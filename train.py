@@ -89,7 +89,7 @@ MAY_CHANGE = {"out_dir", "data", "device", "workers", "compile", "resume"}  # in
 def shared_flags(usage):
     """-> (parser, what adds a flag to it), with what pretraining and fine-tuning share."""
     parser, flag = command_line(usage)
-    flag("--out_dir", default="out", type=os.path.expanduser, help="run folder")
+    flag("--out_dir", default="out", help="run folder")
     flag("--resume", action="store_true", help="go on from out_dir; fine-tuned: score again")
     flag("--seed", default=1, help="of random weights and of the batches")
     flag("--workers", default=min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 1,
@@ -108,8 +108,7 @@ def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
     parser, flag = shared_flags("python train.py [--FLAG=VALUE ...]")
     flag("--preset", default="cpu", choices=PRESETS, help="defaults of a size; see PRESETS")
-    flag("--init_from", type=os.path.expanduser,
-         help="checkpoint whose weights, sizes and vocabulary a run begins with")
+    flag("--init_from", help="checkpoint whose weights, sizes and vocabulary a run begins with")
     flag("--data", default="tables", help="text file, folder, .jsonl, tables (of numbers), "
          "stdlib (Python's), packages (what pip installed), or some with commas; nanoGPT folder")
     flag("--tokenizer", default="bpe2048", help="bpe2048, bytes, a tiktoken name, a .tiktoken file")
