@@ -59,7 +59,8 @@ SMALL = ["--d_model=192", "--d_state=384", "--n_head=4", "--lr=2e-3"]
 PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its rates, test sizes
     "tables": ("tables of numbers, 2.3 million parameters", [], [], RATES, SIZES),
     "mixed": ("real text and a fifth of tables, 2.3 million",
-              ["--data=packages,tables", "--max_steps=24500", "--eval_rows=2"], [], RATES, SIZES),
+              ["--data=packages,tables", "--max_steps=24500", "--eval_rows=2"], [],
+              (*RATES, 8e-3), SIZES),
     "packages": ("real text, 2.3 million parameters", ["--preset=wide", *SMALL],
                  ["--max_steps=1066", "--batch_size=2"], RATES, SIZES),
     "wide": ("real text, 12.6 million parameters", ["--preset=wide"], ["--preset=wide"],
