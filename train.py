@@ -166,8 +166,6 @@ def resumed(parser, argv, config, path, may_change):
                          f"({', '.join(unknown)}); go on with the code it was made with, or start "
                          f"anew in another --out_dir")
     for name, value in config.items():
-        if getattr(args, name) == "auto":       # as it was settled on then
-            setattr(args, name, value)
         if name not in may_change and value != getattr(args, name):
             raise ValueError(f"{name} is {value!r} in {path} and {getattr(args, name)!r} on the "
                              f"command line; drop --{name}, or choose another --out_dir")

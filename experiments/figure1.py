@@ -67,6 +67,9 @@ PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its ra
              (5e-4, 1e-3, 2e-3), SIZES),
     "gpu": ("real text, 34 million parameters", ["--preset=gpu"], ["--preset=gpu"],
             (1e-4, 3e-4, 1e-3), (50, 100, 200, 400))}
+# A small model cannot keep a GPU busy: CUDA graphs, a process that makes batches, many --jobs.
+MACHINE = ["--workers=1", "--compile=graphs"] if torch.cuda.is_available() else ["--workers=0"]
+LOWER = {"transformer": 1 / 4}          # its rates, of pretraining and fine-tuning, over the others'
 STARTS = 4, 2                           # entries of the first books in fine-tuning
 TEST_BOOKS = 1024                       # of each size
 
@@ -95,12 +98,22 @@ def cores():
 
 # ---- running what is missing ---------------------------------------------------------------------
 
+def settings(preset, arch):
+    """-> flags of pretraining, of fine-tuning, its rates, test sizes."""
+    _, pretraining, finetuning, rates, sizes = PRESETS[preset]
+    if arch in LOWER:
+        usual = train.parse_args(pretraining).lr
+        pretraining = [*pretraining, f"--lr={usual * LOWER[arch]}"]
+        rates = [rate * LOWER[arch] for rate in rates]
+    return pretraining, finetuning, rates, sizes
+
+
 def commands(name, folder, args):
     """A run's programs with their flags, one after the other; those that are done are left out."""
     arch, kind, seed = RUNS[name]
-    _, pretraining, finetuning, rates, sizes = PRESETS[args.preset]
+    pretraining, finetuning, rates, sizes = settings(args.preset, arch)
     folders = [f"{folder}/{args.entries_min}-{rate}" for rate in rates]
-    common = [f"--seed={seed}", "--workers=0"]
+    common = [f"--seed={seed}", *(MACHINE if args.preset != "gpu" else [])]
     source = [f"--ckpt={folder}/ckpt.pt"]
     if kind == "none":
         source = [f"--scratch={arch}"]
@@ -191,7 +204,7 @@ def collect(args):
     found = []
     for preset, name, start in itertools.product(PRESETS, RUNS, STARTS):
         arch, kind, seed = RUNS[name]
-        *_, rates, sizes = PRESETS[preset]
+        *_, rates, sizes = settings(preset, arch)
         tried = [read(os.path.join(args.out_dir, preset, name, f"{start}-{rate}", "phonebook.json"))
                  for rate in rates]
         best = max(tried, key=validation) if all(tried) else dict(results=())
