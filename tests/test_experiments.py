@@ -64,7 +64,7 @@ class Programs:
         folder.mkdir(exist_ok=True)
         (folder / ("ckpt.pt" if program == "train.py" else "phonebook.pt")).touch()
         if program == "eval_phonebook.py":
-            start, rate = map(float, folder.name.split("-"))        # the rate 2e-3 is the best
+            start, rate = map(float, folder.name.split("-", 1))     # the rate 2e-3 is the best
             books = map(int, flags["test_entries"].split(",")) if "test_entries" in flags else ()
             found = result_of(start, rate, 0.9 if rate == 2e-3 else 0.8, books)
             with replacing(str(folder / "phonebook.json")) as part:
@@ -108,6 +108,9 @@ def test_the_programs_take_every_flag_of_a_preset(preset, programs, tmp_path):
     names = [name for name in figure1.RUNS if name.endswith("-1")]
     rates = figure1.PRESETS[preset][3]
     assert len(programs.commands) == sum(len(rates) + 1 + ("-none-" not in n) for n in names)
+    lower = {float(flags["lr"]) for program, flags in programs.commands
+             if "transformer" in str(flags) and "lr" in flags and program == "eval_phonebook.py"}
+    assert lower == {rate / 4 for rate in rates}
     parsed = eval_phonebook.parse_args([*figure1.PRESETS[preset][2], "--scratch=gated_ssm"])
     sizes = eval_phonebook.PRETRAINING[parsed.preset]
     given = train.parse_args(figure1.PRESETS[preset][1])        # none is as large as the others
