@@ -69,7 +69,7 @@ PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its ra
             (1e-4, 3e-4, 1e-3), (50, 100, 200, 400))}
 # A small model cannot keep a GPU busy: CUDA graphs, a process that makes batches, many --jobs.
 MACHINE = ["--workers=1", "--compile=graphs"] if torch.cuda.is_available() else ["--workers=0"]
-LOWER = {"transformer": 1 / 4}          # its rates, of pretraining and fine-tuning, over the others'
+LOWER = {"transformer": 1 / 4}          # all its rates over the others'
 STARTS = 4, 2                           # entries of the first books in fine-tuning
 TEST_BOOKS = 1024                       # of each size
 
