@@ -1,4 +1,4 @@
-"""The phone book, from nothing: pretrain, fine-tune at three rates, score the best, draw figure 1.
+"""The phone book, from nothing: pretrain, fine-tune at some rates, score the best, draw figure 1.
 
     python experiments/figure1.py --only='gated_ssm-birdie-1,gated_ssm-ntp-1'       some runs
     python experiments/figure1.py --preset=packages     every run, as many at a time as cores

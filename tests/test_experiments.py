@@ -83,7 +83,7 @@ def programs(monkeypatch):
 def test_a_run_is_pretrained_fine_tuned_at_three_rates_and_the_best_is_scored(programs, tmp_path):
     figure1.main([f"--out_dir={tmp_path}", "--preset=packages", "--jobs=1",
                   "--only=hawk-birdie-1,gated_ssm-none-2"])
-    common = dict(workers="0")
+    common = dict(flag[2:].split("=") for flag in figure1.MACHINE)
     score = dict(resume="", test_entries="4,8,16,32,64,128", test_books="1024")
 
     def tuned(**source):
