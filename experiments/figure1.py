@@ -45,8 +45,8 @@ PRETRAINING = {                         # its flags and its name
     "none": (None, "none"),
     "birdie-causal": (["--mixture=birdie-causal"], "Birdie, causal"),
     "fixed": (["--mixture=fixed"], "fixed mixture"),
-    "no-copying": (["--mixture=no-copying"], "fixed, no copying"),
-    "ntp-copying": (["--mixture=ntp-copying"], "next token, copying"),
+    "no-copying": (["--mixture=no-copying"], "fixed mixture without copying"),
+    "ntp-copying": (["--mixture=ntp-copying"], "next token prediction, copying"),
     "ul2": (["--mixture=ul2"], "UL2")}
 COLORS = {"birdie": "C0", "ntp": "C3", "none": "0.35"}      # of the lines; the others are pale
 RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
@@ -226,7 +226,7 @@ def collect(args):
 
 def load(path):
     """A figure1.json."""
-    needed = {"preset", "arch", "pretrained", "seed", "results", "curve", "config"}
+    needed = {"preset", "arch", "pretrained", "seed", "tried", "results", "curve", "config"}
     try:
         with open(path) as file:
             found = json.load(file)
@@ -256,21 +256,22 @@ def reached(run, share):
 
 
 def show_table(found):
-    """Markdown; a value for each seed."""
-    entries = sorted({each["n_entries"] for run in found for each in run["results"]
-                      if each["n_numbers"] == 1})
-    print("\n| text | model | books from | pretraining | seeds | rate | steps to 50%, 90% | "
-          + " | ".join(map(str, entries)) + " entries |\n" + "|---" * (7 + len(entries)) + "|")
+    """Markdown, a line a run; experiments/README.md has that of experiments/figure1.json."""
+    sizes = sorted({each["n_entries"] for run in found for each in run["results"]})
+    print("\n| text, pretraining, seed | digits right on validation books at the rates, in order "
+          "| steps until 50%, 90% | digits right, numbers exact, in test books of "
+          + " | ".join(map(str, sizes)) + " |\n" + "|---" * (3 + len(sizes)) + "|")
     for (preset, arch, start), arms in panels_of(found).items():
-        for kind, runs in arms.items():
-            cells = [preset, ARCHITECTURES[arch], str(start), PRETRAINING[kind][1],
-                     ", ".join(str(run["seed"]) for run in runs),
-                     ", ".join(f"{run['config']['lr']:g}" for run in runs),
-                     "; ".join(f"{reached(run, 0.5)}, {reached(run, 0.9)}" for run in runs)]
-            for n in entries:
-                digits = [each["digits"] for run in runs for each in run["results"]
-                          if (each["n_entries"], each["n_numbers"]) == (n, 1)]
-                cells.append(", ".join(f"{share:.1%}" for share in digits))
+        for run in itertools.chain(*arms.values()):
+            name = [preset, ARCHITECTURES[arch] * (arch != "gated_ssm"),
+                    f"books from {start}" * (start != STARTS[0]),
+                    PRETRAINING[run["pretrained"]][1], str(run["seed"])]
+            scores = {each["n_entries"]: f"{each['digits']:.1%}, {each['exact']:.0%}"
+                      for each in run["results"]}
+            cells = [", ".join(filter(None, name)),
+                     ", ".join(f"{share:.1%}" for share in run["tried"].values()),
+                     f"{reached(run, 0.5)}, {reached(run, 0.9)}",
+                     *(scores.get(n, "") for n in sizes)]
             print("| " + " | ".join(cells) + " |")
 
 
