@@ -104,6 +104,7 @@ class Boundaries:
                 sees = sees | ~self.causal.mT           # every key in a prefix
             self.attends = (sees & (sample == sample.mT)).unsqueeze(1)              # (B, 1, T, T)
         else:                   # entry k - 1 (B, T, 1): is token t - k in the sample of token t?
+            # Samples count from 1, padding is 0; so is a token decoded alone, which starts none.
             self.same_sample = [sample == F.pad(sample, (0, 0, k, 0))[:, :T]
                                 for k in range(1, config.conv_width)]
 

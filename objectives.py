@@ -194,7 +194,7 @@ def tables(copies=15) -> list[Path]:
 
 def find_files(data: str) -> list[Path]:
     path = Path(os.path.expanduser(data))
-    if "," in data and not path.exists():
+    if "," in data and not os.path.exists(path):
         return [file for part in data.split(",") for file in find_files(part)]
     if (path / "train.bin").is_file():
         raise ValueError(f"{data} holds tokens, which cannot stand beside text in --data; pass the "
@@ -231,7 +231,7 @@ def pieces(path: Path):
         for number, line in enumerate(file, 1):
             try:
                 text = json.loads(line)["text"] + "" if line.strip() else ""
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f'{path} line {number} is not like {{"text": "..."}}: mend it, or '
                                  f"pass --data without this file") from None
             if text:
@@ -332,7 +332,7 @@ class Corpus:
     def __init__(self, data: str, tok: Tokenizer):
         folder, self.dtype = Path(os.path.expanduser(data)), "uint16"
         try:
-            if (folder / "train.bin").is_file():
+            if os.path.isfile(folder / "train.bin"):        # False for a name that is too long
                 bins = [folder / "train.bin", folder / "val.bin"]
                 for path in bins:
                     self.check(path, tok)
@@ -399,14 +399,10 @@ def infilling(text, rng, tok, masked, mean_span):
     return alternate(gaps, masks), alternate(masks, spans)
 
 
-def autoencoding(text, rng, tok, masked, mean_span):
+def autoencoding(text, rng, tok, masked, mean_span, shuffled=False):
     gaps, spans = cut_out(text, masked, mean_span, rng)
-    return alternate(gaps, [[tok.MASK]] * len(spans)), text
-
-
-def autoencoding_deshuffling(text, rng, tok, masked, mean_span):
-    gaps, spans = cut_out(text, masked, mean_span, rng)
-    gaps = [gaps[i] for i in shuffle(len(gaps), len(gaps), rng)]
+    if shuffled:
+        gaps = [gaps[i] for i in shuffle(len(gaps), len(gaps), rng)]
     return alternate(gaps, [[tok.MASK]] * len(spans)), text
 
 
@@ -462,21 +458,23 @@ def selective_copying(text, rng, tok, n_spans, query):
     A start delimiter occurs once in the text, and behind it the end delimiter first occurs where
     the span ends: so each question has one answer.
     """
-    n, usual = len(text), selective_copying_positions(len(text), n_spans, query)
+    n, budget = len(text), selective_copying_positions(len(text), n_spans, query)
     for _ in range(64):
         spans = rng.integers(SPAN[0], longest_span(n, n_spans) + 1, n_spans)
         gaps = random_sizes(n - int(spans.sum()), n_spans + 1, 1, rng)
         starts = np.cumsum(gaps[:-1]) + np.cumsum(spans) - spans
         ends = starts + spans
-        before, after = rng.integers(1, DELIMITER + 1, (2, n_spans))
+        n_before, n_after = rng.integers(1, DELIMITER + 1, (2, n_spans))    # a delimiter's tokens
         for i, (start, end) in enumerate(zip(starts, ends)):
-            before[i] = unique_run(text, start, before[i], LENGTHENED)
-            backwards = text[start:end + DELIMITER][::-1]
-            room = len(backwards) - spans[i]
-            after[i] = unique_run(backwards, room, after[i], room)
-        left, right = (starts - before).min(), n - (ends + after).max()     # not in any question
-        excess = max(0, n + 1 + int((3 + before + after + spans).sum()) - usual)
-        if before.all() and after.all() and excess <= left + right:
+            n_before[i] = unique_run(text, start, n_before[i], LENGTHENED)
+            # the same from the other side: in what is read back to the span's start
+            mirrored = text[start:end + DELIMITER][::-1]
+            span_end = len(mirrored) - spans[i]
+            n_after[i] = unique_run(mirrored, span_end, n_after[i], span_end)
+        left = (starts - n_before).min()                        # of the text, not in any question
+        right = n - (ends + n_after).max()
+        excess = max(0, n + 1 + int((3 + n_before + n_after + spans).sum()) - budget)
+        if n_before.all() and n_after.all() and excess <= left + right:
             break
     else:
         raise NotUnique
@@ -485,8 +483,8 @@ def selective_copying(text, rng, tok, n_spans, query):
     question, answers = [[tok.COPY]], []
     for i in rng.permutation(n_spans):
         start, end = starts[i], ends[i]
-        question += [[tok.START], text[start - before[i]:start]]
-        question += [[tok.END], text[end:end + after[i]]]
+        question += [[tok.START], text[start - n_before[i]:start]]
+        question += [[tok.END], text[end:end + n_after[i]]]
         answers.append(text[start:end])
     prefix = question + context if query == "before" else context + question
     return np.concatenate(prefix), alternate(answers, [[tok.DONE]] * (n_spans - 1))
@@ -548,7 +546,7 @@ OBJECTIVES = {              # table 1; the first has no paradigm token; yours co
         dict(masked=(5, 15, 50), mean_span=(3, 8, 32))),
     "autoencoding": Objective(autoencoding, autoencoding_positions, THREE, MASKED),
     "autoencoding_deshuffling": Objective(
-        autoencoding_deshuffling, autoencoding_positions, THREE, MASKED),
+        partial(autoencoding, shuffled=True), autoencoding_positions, THREE, MASKED),
 }
 CLASSES = tuple(OBJECTIVES)
 
@@ -639,25 +637,25 @@ def as_prompt(cls: str, text: str, tok: Tokenizer, start: str = "", end: str = "
 def pack(n_rows: int, block_size: int, largest: int, draw: Callable) -> list[list]:
     """Rows of drawn things, packed so that nothing drawn is ever dropped.
 
-    draw() -> (thing, size, least): it would take `size` tokens of a row, and at least `least`,
+    draw() -> (thing, wish, minimum): it would like `wish` tokens of a row, and needs `minimum`,
     which is at most `largest`. Each goes to the fullest row with room for the middle of these, or
-    else to the emptiest. Drawing ends when the sizes would fill all rows, or when the largest
-    might not find room. So no decision to stop looks at what comes next, and by Wald's identity
-    the shares of what is drawn are, on average, exactly those of `draw`. -> [[(thing, size)]],
-    sizes yet to be fitted.
+    else to the emptiest. Drawing ends when the wishes would fill all rows, or when the largest
+    minimum might not find room: that is decided before a thing is drawn, so by Wald's identity the
+    shares of what is drawn are, on average, exactly those of `draw`. (A packer that drops what
+    does not fit makes long things rarer.) -> [[(thing, wish)]], for Batches.samples to fit.
     """
     rows = [[] for _ in range(n_rows)]
-    room, most_room = np.full((2, n_rows), block_size)          # by sizes; by the least
+    room, most_room = np.full((2, n_rows), block_size)          # by wishes; by minimums
     while room.sum() > 0 and most_room.max() >= largest:
-        thing, size, least = draw()
-        possible = most_room >= least
-        fits = possible & (room >= (size + least) / 2)
+        thing, wish, minimum = draw()
+        possible = most_room >= minimum
+        fits = possible & (room >= (wish + minimum) / 2)
         row = np.where(fits, -room, -np.inf).argmax()
         if not fits.any():
             row = np.where(possible, room, -np.inf).argmax()
-        rows[row].append((thing, size))
-        room[row] -= size
-        most_room[row] -= least
+        rows[row].append((thing, wish))
+        room[row] -= wish
+        most_room[row] -= minimum
     return rows
 
 
@@ -716,8 +714,8 @@ class Batches:
         def draw():
             k = int(np.searchsorted(up_to, rng.random() * up_to[-1], side="right"))
             whole_row = self.arms[k].cls == "next_token_prediction"
-            size = self.high[k] if whole_row else rng.integers(self.low[k], self.high[k] + 1)
-            return k, size, self.low[k]
+            wish = self.high[k] if whole_row else rng.integers(self.low[k], self.high[k] + 1)
+            return k, wish, self.low[k]
 
         packed = pack(self.batch_size, self.block_size, self.low[action > 0].max(), draw)
         return lay_out([self.samples(row, rng, split) for row in packed], self.block_size, self.tok)
@@ -775,14 +773,10 @@ class Loader:
     """The same batches as torch tensors, made ahead by worker processes that stay alive."""
 
     def __init__(self, batches, seed: int, workers: int = 0):
-        self.batches, self.seed, self.workers, self.keys = batches, seed, workers, []
-        self.start_workers()
-
-    def start_workers(self):
-        self.loader = DataLoader(
-            self.batches, batch_size=None, sampler=self.keys, num_workers=self.workers,
-            persistent_workers=self.workers > 0, worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available())
+        self.seed, self.workers, self.keys = seed, workers, []
+        self.make = partial(DataLoader, batches, batch_size=None, sampler=self.keys,
+                            worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+        self.loader = self.make(num_workers=workers, persistent_workers=workers > 0)
 
     def steps(self, start: int, stop: int, action):
         """Iterates over the batches of steps start to stop - 1; call again for another action."""
@@ -803,8 +797,7 @@ class Loader:
                 problem = str(error).split("\n")[0] or type(error).__name__
                 tqdm.write(f"workers  one ended ({problem}): batches are made without any from now")
                 kill_workers()
-                self.workers = 0
-                self.start_workers()
+                self.workers, self.loader = 0, self.make()
 
 
 # ---- demonstration -----------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def torch_scan(a, x, h, reverse):
     """Write the states h.
 
     Time is cut into K chunks of C = sqrt(T) steps. One operation takes a step in all chunks at
-    once: the three passes of the header take about 3 C + K operations, where the loop takes T.
+    once: the header's three passes take about 3 C + K operations, where the loop takes T.
     """
     T, order = x.shape[1], -1 if reverse else 1
     C = math.isqrt(T)
@@ -69,20 +69,22 @@ def torch_scan(a, x, h, reverse):
         whole, rest = rest, whole
     A, X, H = (t[:, whole].unflatten(1, (K, C)).unbind(2)[::order] for t in (a, x, h))  # (B, K, D)
 
+    # pass 1: every chunk's end from a state of 0, and the product of its gates
     e, p = (t[0].clone(memory_format=torch.contiguous_format) for t in (X, A))
     for gate, into in zip(A[1:], X[1:]):
         torch.addcmul(into, gate, e, out=e)
         p.mul_(gate)
-    before = torch.zeros_like(e)
-    ends, products, starts = (t.unbind(1)[::order] for t in (e, p, before))
-    for end, product, this, following in zip(ends, products, starts, starts[1:]):
-        torch.addcmul(end, product, this, out=following)
-
+    # pass 2, chunk by chunk: the state before each
+    state = torch.zeros_like(e)
+    ends, products, starts = (t.unbind(1)[::order] for t in (e, p, state))
+    for end, product, start, following in zip(ends, products, starts, starts[1:]):
+        torch.addcmul(end, product, start, out=following)
+    # pass 3: every chunk's states from there, then those of the steps left over
     for gate, into, now in zip(A, X, H):
-        before = torch.addcmul(into, gate, before, out=now)
-    before = before[:, 0 if reverse else -1]
+        state = torch.addcmul(into, gate, state, out=now)
+    state = state[:, 0 if reverse else -1]
     for gate, into, now in zip(*(t[:, rest].unbind(1)[::order] for t in (a, x, h))):
-        before = torch.addcmul(into, gate, before, out=now)
+        state = torch.addcmul(into, gate, state, out=now)
     if not math.isfinite(h.sum()):              # 0 * inf made a nan, perhaps; in the loop it is 0
         h.copy_(scan_loop(a, x, reverse))
 
@@ -264,7 +266,7 @@ def kernel_scan(launch, a, x, out, reverse, h=None, da=None):
     with torch.cuda.device_of(x):                               # does nothing on the CPU
         job.stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
         if chunks > 1:
-            e, p, carried = torch.empty(3, B, chunks, D, device=x.device)
+            e, p, carried = x.new_empty(3, B, chunks, D)
             job.e, job.p, job.carried = map(Track.of, (e, p, carried))
             launch(job, back, True)                             # pass 1
             kernel_scan(launch, p, e, carried, False)           # pass 2: the same scan over chunks
@@ -385,6 +387,8 @@ def find_nvrtc():
     """CUDA's compiler as a library, which every CUDA build of torch brings along."""
     for folder in sys.path:
         for wheel in pathlib.Path(folder).glob("nvidia/*/lib/libnvrtc.so*"):
+            for builtins in wheel.parent.glob("libnvrtc-builtins.so*"):
+                ctypes.CDLL(str(builtins))      # CUDA 13.0's NVRTC does not look beside itself
             return str(wheel)
     return "libnvrtc.so." + (torch.version.cuda or "13").split(".")[0]      # where the linker looks
 

@@ -96,7 +96,6 @@ def check_saved(state: dict, name: str, arms: Sequence) -> None:
 
 
 # ---- fixed mixtures (A.6, table 6) ---------------------------------------------------------------
-# Functions from arms to weights, in shares of samples.
 
 def split(arms: Sequence, *parts) -> np.ndarray:
     """(arms,): each part (share, class, options) is split evenly over the arms it describes."""
@@ -111,46 +110,27 @@ def split(arms: Sequence, *parts) -> np.ndarray:
     return weights
 
 
-def ntp(arms):
-    """Next token prediction alone: the baseline."""
-    return split(arms, (1.0, "next_token_prediction", {}))
-
-
-def ul2(arms):
-    """UL2's, with its two lengths of spans."""
-    return split(arms, (0.6, "next_token_prediction", {}),
-                 (0.2, "prefix_lm", {}),
-                 (0.1, "infilling", {"mean_span": 3, "masked": 15}),
-                 (0.1, "infilling", {"mean_span": 32, "masked": 50}))
-
-
-def fixed(arms):
-    """The classes at equal weight, and a class's arms (the paper's ratios are unpublished)."""
-    return class_weights(arms)
-
-
-def uniform(arms):
-    """Every arm at equal weight."""
-    return np.ones(len(arms))
-
-
-def no_copying(arms):
-    """`fixed` without the two classes that practise copying: are they what helps?"""
-    return class_weights(arms) * ["copying" not in arm.cls for arm in arms]
-
-
-def ntp_copying(arms):
-    """Half next token prediction, half copying."""
-    return split(arms, (0.5, "next_token_prediction", {}), (0.5, "copying", {}))
+FIXED = {       # functions from arms to weights, in shares of samples
+    "ntp": lambda arms: split(arms, (1.0, "next_token_prediction", {})),        # the baseline
+    "ul2": lambda arms: split(arms, (0.6, "next_token_prediction", {}), (0.2, "prefix_lm", {}),
+                              (0.1, "infilling", {"mean_span": 3, "masked": 15}),
+                              (0.1, "infilling", {"mean_span": 32, "masked": 50})),
+    "fixed": class_weights,     # the classes at equal weight (the paper's ratios are unpublished)
+    "uniform": lambda arms: np.ones(len(arms)),
+    # without the two classes that practise copying, and with one of them: are they what helps?
+    "no-copying": lambda arms: class_weights(arms) * ["copying" not in arm.cls for arm in arms],
+    "ntp-copying": lambda arms: split(arms, (0.5, "next_token_prediction", {}),
+                                      (0.5, "copying", {})),
+}
 
 
 class FixedMixture:
     """A scheduler that never changes its mind."""
 
-    def __init__(self, weights, arms: Sequence, max_steps: int, seed: int):
-        """weights: one of the functions above. The other arguments are those of every scheduler."""
-        self.name, self.arms = weights.__name__, arms
-        self.action = weights(arms) / weights(arms).sum()
+    def __init__(self, name: str, arms: Sequence, max_steps: int, seed: int):
+        """name: in FIXED. The other arguments are those of every scheduler."""
+        self.name, self.arms = name, arms
+        self.action = FIXED[name](arms) / FIXED[name](arms).sum()
 
     def update(self, step: int, losses: np.ndarray) -> None:
         pass
@@ -290,13 +270,7 @@ class Birdie:
 # ---- every scheduler by its name; add your own here ----------------------------------------------
 # A constructor is called with (arms, max_steps, seed).
 
-MIXTURES = {
-    "ntp": partial(FixedMixture, ntp),
-    "ul2": partial(FixedMixture, ul2),
-    "fixed": partial(FixedMixture, fixed),
-    "uniform": partial(FixedMixture, uniform),
-    "no-copying": partial(FixedMixture, no_copying),
-    "ntp-copying": partial(FixedMixture, ntp_copying),
+MIXTURES = {name: partial(FixedMixture, name) for name in FIXED} | {
     "birdie": Birdie,
     "birdie-causal": Birdie,        # on a model without bidirectional blocks, which train.py makes
 }

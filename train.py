@@ -27,6 +27,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -160,6 +161,7 @@ def parse_args(argv):
 
 def resumed(parser, argv, config, path, may_change):
     """The saved settings; a flag that contradicts one is an error, unless it may change."""
+    config = {**config, "out_dir": os.path.dirname(path)}       # wherever the folder is now
     args = parser.parse_args(argv, argparse.Namespace(**config))
     if unknown := sorted(vars(parser.parse_args([])).keys() ^ config.keys()):
         raise ValueError(f"{path} is of another version, with another set of flags "
@@ -603,7 +605,8 @@ class Log:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM or SIGHUP: a stop after the step in hand, or at once where all is saved.
+    """Ctrl-C, SIGTERM or SIGHUP: a stop after the step in hand, or at once where all is saved
+    (`at_once`: starting, evaluating, showing samples; never while others take the same step).
 
     A second Ctrl-C (a second later: some tools send each twice) stops at once too.
     """
@@ -637,9 +640,9 @@ class StopSignal:
         raise SystemExit(128 + (self.asked or signal.SIGTERM))
 
     def saved(self, step, args, at_once=False):
-        """Tell it what a stop would say from now on."""
+        """Tell it what a stop would say from now on, and whether one loses nothing (at_once)."""
         self.message = (f"stopped after step {step}; go on with: python {self.program} "
-                        f"--out_dir={args.out_dir} --resume")
+                        f"--out_dir={shlex.quote(args.out_dir)} --resume")
         self.at_once = at_once
         if at_once and self.asked:
             self.stop()

@@ -611,7 +611,8 @@ def test_nanogpt_folders_are_read_as_they_are(tok, tmp_path):
     assert read(tmp_path, tok, "val") == "<END_OF_TEXT>for validation"
 
 
-def test_several_texts_are_read_as_one_and_a_comma_in_a_name_is_no_list(tok, tmp_path):
+def test_several_texts_are_read_as_one_and_a_comma_in_a_name_is_no_list(tok, tmp_path,
+                                                                        monkeypatch):
     (tmp_path / "b").mkdir()
     for name in ("a.txt", "b/c.txt", "d,e.txt"):
         (tmp_path / name).write_text(f"this is {name} " * 20)
@@ -619,6 +620,8 @@ def test_several_texts_are_read_as_one_and_a_comma_in_a_name_is_no_list(tok, tmp
     parts = [read(path, tok) for path in (b, a, comma)]
     assert read(f"{b},{a}", tok) == parts[0] + parts[1]
     assert read(comma, tok) == parts[2] and "this is d,e.txt" in parts[2]
+    monkeypatch.chdir(tmp_path)
+    assert read(",".join(60 * ["a.txt"]), tok) == 60 * parts[1]     # longer than a name can be
     for missing in (f"{a},", f"{a},{tmp_path}/no.txt", f"{a},,{b}"):
         with one_line("no file at"):
             Corpus(missing, tok)
@@ -638,6 +641,7 @@ BAD_DATA = {        # files, data, message
     "JSON without text": ({"a.jsonl": b'{"text": "a"}\n{"b": 1}'}, "a.jsonl", "line 2 is not"),
     "JSON text no string": ({"a.jsonl": b'{"text": ["a"]}'}, "a.jsonl", "line 1 is not"),
     "no JSON": ({"a.jsonl": b"hello"}, "a.jsonl", "line 1 is not"),
+    "JSON too deep": ({"a.jsonl": 100_000 * b"["}, "a.jsonl", "line 1 is not"),
     "odd bytes": ({"train.bin": b"abc", "val.bin": b"ab"}, "", "train.bin is .*not uint16"),
     "no val.bin": ({"train.bin": b"a\0"}, "", "val.bin is missing"),
     "ids too large": ({"train.bin": b"\xff\xff", "val.bin": b"a\0"}, "", "token 65535.* --tok"),

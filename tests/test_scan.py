@@ -138,6 +138,19 @@ def test_long_sequences_equal_the_loop(device, length, monkeypatch):
             assert_close(with_gradients(S.scan, a, x, g, reverse, device), want, "(chunks of 128)")
 
 
+def test_chunks_are_float32_whatever_torchs_default_is(monkeypatch):
+    need_compiler()
+    monkeypatch.setattr(S, "divide", lambda x: (16, 1))
+    a, x, g = torch.rand(2, 100, 33), torch.randn(2, 100, 33), torch.randn(2, 100, 33)
+    want = with_gradients(S.scan_loop, a, x, g, False, dtype=torch.float64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = with_gradients(S.scan, a, x, g, False, "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(got, want)
+
+
 def test_a_gate_of_zero_isolates_both_sides_bit_for_bit(device):
     """Two packed samples: changing one changes no output and no gradient of the other."""
     cut = 37

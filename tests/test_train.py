@@ -447,11 +447,13 @@ def test_a_signal_to_the_process_group_saves_and_says_how_to_go_on(text, tmp_pat
         assert "Traceback" not in printed and checkpoint(out_dir)["step"] > 0
 
 
-def test_where_and_how_a_run_goes_on_may_change(finished, tmp_path):
-    moved = str(tmp_path / "moved")
+def test_where_and_how_a_run_goes_on_may_change(finished, tmp_path, monkeypatch):
+    moved = str(tmp_path / "out")
     shutil.copytree(finished, moved)
     main(flags(out_dir=moved, resume=True, workers=1, n_layer=2))
     assert log_of(moved) == log_of(finished)
+    monkeypatch.chdir(tmp_path)
+    assert train.parse_args(["--resume"]).out_dir == "out"      # not where it was once
 
 
 def test_resuming_on_other_text_is_an_error(finished, text, tmp_path):
