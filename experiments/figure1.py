@@ -48,7 +48,7 @@ PRETRAINING = {                         # its flags and its name
     "no-copying": (["--mixture=no-copying"], "fixed mixture without copying"),
     "ntp-copying": (["--mixture=ntp-copying"], "next token prediction, copying"),
     "ul2": (["--mixture=ul2"], "UL2")}
-COLORS = {"birdie": "C0", "ntp": "C3", "none": "0.35"}      # of the lines; the others are pale
+COLORS = {"birdie": "C0", "fixed": "C2", "ntp": "C3", "none": "0.35"}   # the others are pale
 RUNS = {f"{arch}-{kind}-{seed}": (arch, kind, seed) for arch, kind, seed in (
     *(("gated_ssm", kind, seed) for seed in (1, 2, 3)
       for kind in ("birdie", "ntp", "none", "fixed")),
@@ -304,7 +304,7 @@ def plot(found, picture):
                 values = np.array([[point["digits"] for point in each] for each in series])
                 at, mean, bars = [point[x] for point in series[0]], values.mean(0), None
                 if kind not in COLORS:
-                    lines["another mixture"], *_ = axis.plot(at, values.T, "C2", lw=1, alpha=0.4)
+                    lines["another mixture"], *_ = axis.plot(at, values.T, "C1", lw=1, alpha=0.4)
                     continue
                 if len(runs) > 1:
                     axis.plot(at, values.T, COLORS[kind], lw=0.8, alpha=0.7)
