@@ -759,6 +759,7 @@ def ignore_signals(worker: int) -> None:
     """They reach the whole process group; the training process decides."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None        # of the thread whose reader may be gone: no word
 
 
 @atexit.register

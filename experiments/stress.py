@@ -109,12 +109,10 @@ class Run(multiprocessing.context.ForkProcess):
             time.sleep(0.001)
         return self.exitcode
 
-    def ends(self, *codes, about="", orphans=False):
-        """With one of these codes and no traceback, alone; if it is 1, with one line of error.
-        orphans: a worker may say that its connection to a killed trainer is gone."""
+    def ends(self, *codes, about=""):
+        """With one of these codes and no traceback, alone; if it is 1, with one line of error."""
         self.wait()
-        lost = orphans and self.last_line().startswith("ConnectionResetError")
-        quiet = lost or "Traceback" not in self.text()
+        quiet = "Traceback" not in self.text()
         assert self.exitcode in codes and quiet, f"not {codes}: {self}"
         if self.exitcode == 1:
             errors = [line for line in self.text().splitlines() if line.startswith("error:")]
@@ -204,7 +202,7 @@ def interrupt(number, moment):
         codes = {0}                     # it goes on
     elif is_done or moment == "in start-up":
         codes |= {-number, 0}
-    run.ends(*codes, orphans=moment == "but not to its workers")
+    run.ends(*codes)
     resume = ["--resume"] * any(Path("run").glob("*.pt"))
     completes(Run([*program, *resume]), like)
 
