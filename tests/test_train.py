@@ -308,6 +308,11 @@ def torchrun(n, out_dir, text, **settings):
                             start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
+def ends_well(run):
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
+
+
 def still_there(session):
     found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
     return found.stdout.split()
@@ -323,7 +328,7 @@ def test_two_processes_train_as_one_does(more, text, tmp_path):
     """A fixed mixture: the bandit's choice among proposals can tip by a rounding."""
     settings = dict(max_steps=50, batch_size=6)
     tiny(str(tmp_path / "one"), text, **settings)
-    assert torchrun(2, str(tmp_path / "two"), text, **settings, **more).wait(120) == 0
+    ends_well(torchrun(2, str(tmp_path / "two"), text, **settings, **more))
     assert sorted(os.listdir(tmp_path / "two")) == ["ckpt.pt", "log.jsonl"]
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two]
@@ -339,7 +344,7 @@ def test_what_one_process_has_begun_two_end_in_shards(text, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_in_step(patch, 17)
         tiny(both, text, shard=True)
-    assert torchrun(2, both, text, shard=True, resume=True).wait(120) == 0
+    ends_well(torchrun(2, both, text, shard=True, resume=True))
     assert checkpoint(both)["step"] == checkpoint(one)["step"] > 17
     one, both = (checkpoint(path) for path in (one, both))
     for k, kept in one["optimizer"]["state"].items():
