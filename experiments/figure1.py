@@ -58,7 +58,7 @@ RATES, SIZES = (1e-3, 2e-3, 4e-3), (4, 8, 16, 32, 64, 128)
 SMALL = ["--d_model=192", "--d_state=384", "--n_head=4", "--lr=2e-3"]
 PRESETS = {     # name of the text, flags of pretraining, of fine-tuning, its rates, test sizes
     "tables": ("tables of numbers, 2.3 million parameters", [], [], RATES, SIZES),
-    "mixed": ("real text and a fifth of tables, 2.3 million",
+    "mixed": ("real text and a fifth of tables, 2.3 million parameters",
               ["--data=packages,tables", "--max_steps=24500", "--eval_rows=2"], [],
               (*RATES, 8e-3), SIZES),
     "packages": ("real text, 2.3 million parameters", ["--preset=wide", *SMALL],
@@ -291,7 +291,7 @@ def plot(found, picture):
     except ImportError:
         raise ValueError("the picture needs matplotlib; pip install matplotlib, then draw again")
     panels, lines = panels_of(found), {}
-    figure, axes = plt.subplots(2, len(panels), figsize=(1.5 + 3 * len(panels), 6.6),
+    figure, axes = plt.subplots(2, len(panels), figsize=(1 + 2.5 * len(panels), 6.6),
                                 layout="constrained", squeeze=False, sharey=True)
     for ((preset, arch, start), arms), (above, below) in zip(panels.items(), axes.T):
         shown = arms[next(iter(arms))][0]
@@ -314,11 +314,12 @@ def plot(found, picture):
                 lines[PRETRAINING[kind][1]] = axis.errorbar(
                     at, mean, bars, color=COLORS[kind], lw=2.8, elinewidth=1, capsize=2, zorder=4,
                     marker="o" * (axis is above), ms=4.5)
-        above.set_title("\n".join([PRESETS[preset][0], ARCHITECTURES[arch] * (arch != "gated_ssm"),
+        name = PRESETS[preset][0].replace(", ", "\n")
+        above.set_title("\n".join([name, ARCHITECTURES[arch] * (arch != "gated_ssm"),
                                    f"books from {start} entries" * (start != STARTS[0])]).strip(),
                         fontsize="medium")
         above.set_xscale("log", base=2)
-        above.xaxis.set_major_formatter("{x:.0f}")
+        above.set_xticks(sizes, sizes)
         above.set_xlabel("entries of a test book")
         below.set_xlabel("step of fine-tuning")
     for axis, what in zip(axes[:, 0], ("test books", "validation books")):
