@@ -61,14 +61,15 @@ A_NUMBER = "669-174-4914"
 MAY_CHANGE = train.MAY_CHANGE | {"test_entries", "test_numbers", "test_books"}
 
 
-def counts(text):
-    """A type of flag: numbers with commas between them."""
+def numbers_with_commas(text):
+    """A type of flag."""
     return [number(int, 1, 10 ** 4)(count) for count in text.split(",")]
 
 
 def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
-    parser, flag = train.shared_flags("python eval_phonebook.py [book] [--FLAG=VALUE ...]")
+    parser, flag = train.shared_flags("python eval_phonebook.py [--FLAG=VALUE ...], or\n"
+                                       "       python eval_phonebook.py book")
     flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
@@ -81,8 +82,10 @@ def parse_args(argv):
     flag("--numbers_max", default=1, help="numbers asked for: 1 to this many, uniform")
     flag("--question", default="both", choices=("both", "after"),
          help="asked before and after the book, or only after it")
-    flag("--test_entries", default=[4, 8, 16, 32], type=counts, help="entries of test books")
-    flag("--test_numbers", default=[1], type=counts, help="numbers asked for in test books")
+    flag("--test_entries", default=[4, 8, 16, 32], type=numbers_with_commas,
+         help="entries of test books")
+    flag("--test_numbers", default=[1], type=numbers_with_commas,
+         help="numbers asked for in test books")
     flag("--test_books", default=512, help="for each of both; 0: no test")
     flag("--max_steps", default=1600, help="steps of fine-tuning")
     flag("--batch_size", default=1, help="rows in a step")
@@ -95,7 +98,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     tuned = os.path.join(args.out_dir, "phonebook.pt")
     if args.resume:
-        saved = load_checkpoint(tuned, "finetuning", "pretraining", "results")
+        saved = load_checkpoint(tuned, "finetuning", "pretraining", "results", "example")
         args = train.resumed(parser, argv, saved["finetuning"], tuned, MAY_CHANGE)
     else:
         parser.set_defaults(ckpt=os.path.join(args.out_dir, "ckpt.pt"), **PRESETS[args.preset])
@@ -340,11 +343,16 @@ def finetune_and_score(args, tuned, stop):
           f"{', '.join(map(str, args.test_entries))} entries")
 
     results = saved["results"] if saved else []
+    example = list(unseen_books(args, args.entries_max, 1, 1)[0])
+    if saved and saved["example"] != example:
+        raise ValueError(f"{tuned} was fine-tuned on books with other names, numbers or words; use "
+                         f"the code it was made with, or choose another --out_dir")
 
     def save(progress):
         train.save_checkpoint(tuned, dict(
-            progress, model=model.state_dict(), model_config=vars(model.config), results=results,
-            tokenizer=tok.arguments, finetuning=vars(args), pretraining=pretraining))
+            progress, model=model.state_dict(), model_config=vars(model.config),
+            tokenizer=tok.arguments, finetuning=vars(args), pretraining=pretraining,
+            example=example, results=results))
 
     progress = finetune(model, tok, args, saved, save, stop)
     respond = responder(model, tok, args)
@@ -360,7 +368,7 @@ def finetune_and_score(args, tuned, stop):
             print(f"{n:3d} number{'s' * (n > 1)} of {n_entries} entries: {result['digits']:.1%} of "
                   f"digits right (95% interval {low:.1%} to {high:.1%}; chance 10%), "
                   f"{result['exact']:.1%} of numbers exact")
-    show_example(respond, *unseen_books(args, args.entries_max, 1, 1)[0])
+    show_example(respond, *example)
     path = os.path.join(args.out_dir, "phonebook.json")
     found = dict(config=vars(args), pretraining=pretraining, parameters=model.n_parameters(),
                  results=results, curve=progress["curve"],

@@ -53,8 +53,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from scan import is_sealed, one_line, scan
 
-RESET_FORWARD, RESET_REVERSE = 1, 2
-IGNORE = -100           # a target without loss
+RESET_FORWARD, RESET_REVERSE = 1, 2     # as objectives.py writes them
+IGNORE = -100                           # a target without loss
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Recurrence(nn.Module):
         self.n_forward = n_channel - self.n_reverse
 
     def recur(self, a, x, boundaries, h0=None):
-        """h[t] = a[t] h[t-1] + x[t], (B, T, N) -> (h, state of the forward channels)."""
+        """h[t] = a[t] h[t-1] + x[t], float32 (B, T, N) -> (h, state of the forward channels)."""
         n = self.n_forward
         if h0 is not None:              # one more causal token: right to left, h is just its input
             h = x + F.pad(a[..., :n] * h0, (0, self.n_reverse))
@@ -484,13 +484,15 @@ def load_checkpoint(path, *needed):
 
     Raises FileNotFoundError, or ValueError if it cannot be read, or is not as it was written.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; pass a checkpoint, such as {path}/ckpt.pt")
     try:
         with open(path, "rb") as file:
             if not is_sealed(file):
                 raise ValueError(f"{path} is damaged, or no checkpoint of this version: its "
                                  f"checksum is wrong; choose another, or remove it and train anew")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no checkpoint {path}; train one with --out_dir="
                                 f"{os.path.dirname(path) or '.'}") from None
     except (OSError, MemoryError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -516,7 +518,7 @@ def fits(path):
 
 # ---- command lines -----------------------------------------------------------------------------
 
-RANGES = {          # of every flag that is a number, of every command
+RANGES = {          # of flags that are numbers, of every command
     "seed": (int, 0, 2 ** 63 - 1), "workers": (int, 0, 256), "jobs": (int, 1, 1024),
     "threads": (int, 1, 1024), "minutes": (float, 0, 10 ** 6),
     "n_layer": (int, 1, 1024), "d_model": (int, 1, 2 ** 14), "d_state": (int, 1, 2 ** 16),
@@ -552,19 +554,24 @@ def command_line(usage):
             settings["type"] = number(*RANGES[name[2:]])
         elif name in ("--out_dir", "--ckpt", "--init_from"):
             settings["type"] = os.path.expanduser           # a shell leaves --out_dir=~/x as it is
+        elif type(settings.get("default")) in (int, float):
+            settings["type"] = type(settings["default"])
         parser.add_argument(name, **settings)
     return parser, flag
 
 
 @contextmanager
 def errors_in_one_line():
-    """Bad input ends a command with one line; what the terminal cannot show is escaped."""
+    """Bad input ends a command with one line; what the terminal cannot show is escaped. `python -X
+    dev` shows where an error was raised."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         raise SystemExit(f"error: {' '.join(str(error).split())}")
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "allocate" in str(error)):

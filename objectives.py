@@ -189,7 +189,7 @@ def tables(copies=15) -> list[Path]:
             for _ in range(copies):
                 text[places] = digits[rng.integers(16, size=len(places))]
                 file.write(text.tobytes())
-    return [kept(content(files, "tables", copies), write) / "tables.txt"]
+    return [cached(content(files, "tables", copies), write) / "tables.txt"]
 
 
 def find_files(data: str) -> list[Path]:
@@ -266,12 +266,14 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
                 (train if in_train else val).write(ids.astype(dtype).tobytes())
     bar.close()
     if not_text:
-        print(f"text     {len(not_text)} of {len(files)} files are no UTF-8 text, and are left out "
-              f"from there on, such as {not_text[0]}")
+        (folder / "left_out.txt").write_text(
+            f"text     {len(not_text)} of {len(files)} files are not UTF-8, and are left out from "
+            f"the first such place on, such as {not_text[0]}", errors="backslashreplace")
     n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
     n = n_train + n_val
     if n < 2:
-        raise ValueError(f"no text in {len(files)} files such as {files[0]}; pass other --data")
+        raise ValueError(f"no text in UTF-8 in {len(files)} files such as {files[0]}; convert "
+                         f"them, or pass other --data")
     if not 0.01 * n < n_val < 0.2 * n:
         ids = np.concatenate([np.fromfile(path, dtype) for path in paths])
         ids[:n - max(1, n // 20)].tofile(paths[0])
@@ -293,7 +295,7 @@ def content(paths, *key) -> str:
     return digest.hexdigest()[:24]
 
 
-def kept(name: str, make: Callable) -> Path:
+def cached(name: str, make: Callable) -> Path:
     """The cache's folder `name`; where it is missing make(folder) fills it, all or nothing."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(tempfile.gettempdir() if home.startswith("~") else home, "birdie")     # no home
@@ -341,8 +343,10 @@ class Corpus:
                 self.dtype = "uint16" if tok.END_OF_TEXT < 1 << 16 else "uint32"
                 files = find_files(data)
                 self.fingerprint = content(files, tok.fingerprint)
-                folder = kept(self.fingerprint,
-                              lambda folder: tokenise(files, tok, folder, self.dtype))
+                folder = cached(self.fingerprint,
+                                lambda folder: tokenise(files, tok, folder, self.dtype))
+                if (left_out := folder / "left_out.txt").exists():
+                    print(left_out.read_text())
         except PermissionError as error:
             raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change that, or "
                              f"pass other --data") from None
@@ -608,10 +612,14 @@ def arms(block_size: int) -> tuple[Arm, ...]:
 def make_sample(arm: Arm, text: np.ndarray, rng: np.random.Generator, tok: Tokenizer):
     """text (n,) -> (prefix, label), int64, at most positions(arm, n) together, or NotUnique."""
     prefix, label = OBJECTIVES[arm.cls].make(text, rng, tok, **arm.options)
-    if arm.cls == "next_token_prediction":
-        return prefix, label
-    place = 0 if rng.random() < 0.5 else len(prefix)                    # section A.7
-    return np.insert(prefix, place, tok.paradigm[arm.cls]), np.append(label, tok.DONE)
+    if arm.cls != "next_token_prediction":
+        place = 0 if rng.random() < 0.5 else len(prefix)                # section A.7
+        prefix = np.insert(prefix, place, tok.paradigm[arm.cls])
+        label = np.append(label, tok.DONE)
+    if (size := len(prefix) + len(label)) > (most := positions(arm, len(text))):
+        raise ValueError(f"{arm.name} takes {size} positions for {len(text)} tokens of text, more "
+                         f"than the {most} of its line in OBJECTIVES; mend that")
+    return prefix, label
 
 
 def as_prompt(cls: str, text: str, tok: Tokenizer, start: str = "", end: str = ""):
@@ -638,7 +646,7 @@ def pack(n_rows: int, block_size: int, largest: int, draw: Callable) -> list[lis
     """Rows of drawn things, packed so that nothing drawn is ever dropped.
 
     draw() -> (thing, wish, minimum): it would like `wish` tokens of a row, and needs `minimum`,
-    which is at most `largest`. Each goes to the fullest row with room for the middle of these, or
+    which is at most `largest`. Each goes to the fullest row with room for the mean of the two, or
     else to the emptiest. Drawing ends when the wishes would fill all rows, or when the largest
     minimum might not find room: that is decided before a thing is drawn, so by Wald's identity the
     shares of what is drawn are, on average, exactly those of `draw`. (A packer that drops what
@@ -695,19 +703,23 @@ class Batches:
         if tok.n_masks < block_size // 8:
             raise ValueError(f"the vocabulary has n_masks={tok.n_masks}, for rows of "
                              f"{8 * tok.n_masks} tokens; pass --block_size={8 * tok.n_masks} or "
-                             f"less, or Tokenizer(name, n_masks={block_size // 8})")
+                             f"less")
         need = max(arm.longest for arm in self.arms)
         if min(corpus.size.values()) < need:
             raise ValueError(f"a sample takes up to {need} tokens of {corpus.size}; pass more text "
                              f"as --data, or a smaller --block_size")
 
-    def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
-        """(B, T) arrays: tokens, targets, reset, arm; see lay_out."""
+    def check(self, action) -> np.ndarray:
         action = np.asarray(action, np.float64)
         is_probability = action.min() >= 0 and abs(action.sum() - 1) < 1e-3     # never, if nan
         if action.shape != self.low.shape or not is_probability:
             raise ValueError(f"an action is {len(self.arms)} probabilities, not {action.shape} of "
                              f"sum {action.sum()}")
+        return action
+
+    def batch(self, seed: int, rank: int, step: int, action: np.ndarray, split: str) -> dict:
+        """(B, T) arrays: tokens, targets, reset, arm; see lay_out."""
+        action = self.check(action)
         rng = np.random.default_rng([seed, rank, step, ("train", "val").index(split)])
         up_to = np.cumsum(action)
 
@@ -742,8 +754,8 @@ class Batches:
             text = self.corpus.window(split, start, n)
             with contextlib.suppress(NotUnique):
                 return make_sample(arm, text, rng, self.tok)
-        tell_once("text     it repeats itself: where 16 places are too much alike for selective "
-                  "copying, the text is predicted instead")
+        tell_once(f"text     it repeats itself: where 16 places are too much alike for {arm.cls}, "
+                  f"the text is predicted instead")
         return text[:0], text
 
     def __getitem__(self, key: tuple) -> dict:

@@ -64,9 +64,10 @@ from scheduler import MIXTURES, class_weights, evaluation_steps, make_scheduler,
 
 # ---- settings ----------------------------------------------------------------------------------
 
-# Architectures have so many blocks that their parameters are alike. cpu: the defaults below, for
-# tables of numbers; text: the same model for prose and code; wide: real text, minutes on a GPU;
-# 1.4b: the paper's (table 7; the rate is ours), whose batch is for many GPUs.
+# Architectures have so many blocks that their parameters are alike; an added one has the Gated
+# SSM's. cpu: the defaults below, for tables of numbers; text: the same model for prose and code;
+# wide: real text, minutes on a GPU; 1.4b: the paper's (table 7; the rate is ours), whose batch is
+# for many GPUs.
 SMALL = dict(n_layer=dict(gated_ssm=4, hawk=2, transformer=4))
 LARGE = dict(data="packages", block_size=2048, memory=2048, beta2=0.95, eval_rows=1,
              recompute=True)
@@ -155,7 +156,8 @@ def parse_args(argv):
     for name, value in begun.items():
         if value != getattr(args, name) and name != "recompute":
             raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
-                             f"{getattr(args, name)!r}; drop what changes it")
+                             f"{getattr(args, name)!r}; drop what changes it"
+                             + f", --mixture={args.mixture} too" * (name == "causal"))
     return args
 
 
@@ -185,7 +187,7 @@ def settle(args):
         raise ValueError(f"torch {torch.__version__} finds no device {args.device!r} here; choose "
                          f"{' or '.join(found)}, such as --device=cpu")
     kind, _, index = args.device.partition(":")
-    on_gpu, reason = kind == "cuda", "as given"
+    on_gpu, reason = kind == "cuda", "as set"
     if index:
         torch.cuda.set_device(args.device)
     if args.dtype == "auto" and on_gpu:
@@ -198,7 +200,7 @@ def settle(args):
     threads = "" if kind != "cpu" else f", {torch.get_num_threads()} threads"
     print(f"device   {args.device}{threads}; {args.dtype} ({reason})")
 
-    reason = "as given"
+    reason = "as set"
     if args.compile == "graphs" and (not on_gpu or processes()[1] > 1):
         raise ValueError("compile is 'graphs', which is for one GPU; pass --compile=yes")
     if args.compile == "auto":
@@ -516,7 +518,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): make room there, then go "
+        raise ValueError(f"{path} cannot be written ({error.strerror}): mend that, then go "
                          f"on from the last checkpoint with --resume; or choose another --out_dir")
 
 
@@ -729,6 +731,7 @@ class Run:
         if is_first:
             self.scheduler.update(step, loss.copy())
         self.action = sum_over(self.scheduler.action * is_first).numpy()
+        self.batches.check(self.action)
         before = loss if self.before is None else self.before
         entry = report(step, self.arms, loss, accuracy, before, self.action, predicted)
         self.log.write(**entry, lr=learning_rate(step, self.args), passes=self.passes(step))
@@ -742,8 +745,8 @@ def train(args):
     claim = claimed(args.out_dir, "ckpt.pt") if rank == 0 else nullcontext()
     with StopSignal() as stop, claim:
         if not args.resume and os.path.exists(os.path.join(args.out_dir, "ckpt.pt")):
-            raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, or "
-                             f"choose another --out_dir")
+            raise ValueError(f"{args.out_dir}/ckpt.pt exists; go on from it with --resume, "
+                             f"choose another --out_dir, or remove it")
         settle(args)
         torch.use_deterministic_algorithms(True, warn_only=True)    # compiled, the embedding is not
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -761,7 +764,7 @@ def train(args):
 def take_steps(run, stop):
     args, (rank, n_processes) = run.args, processes()
     loader = Loader(run.batches, args.seed, args.workers)
-    evaluations = evaluation_steps(args.max_steps)
+    evaluations = evaluation_steps(args.max_steps)      # the last at max_steps, with no step after
     with progress_bar(total=args.max_steps, initial=run.start, unit="step", smoothing=0.05,
                       disable=rank > 0) as bar:
         for begin, end in zip(evaluations, [*evaluations[1:], args.max_steps + 1]):

@@ -29,8 +29,9 @@ import torch
 
 import model
 import objectives
-from objectives import (CLASSES, IGNORE, Arm, Batches, Corpus, Loader, NotUnique, Tokenizer, arms,
-                        as_prompt, lay_out, longest_text, make_sample, pack, positions)
+from objectives import (CLASSES, IGNORE, OBJECTIVES, Arm, Batches, Corpus, Loader, NotUnique,
+                        Tokenizer, arms, as_prompt, lay_out, longest_text, make_sample, pack,
+                        positions)
 
 ROOT = pathlib.Path(objectives.__file__).parent
 SIZES = [(128, 16), (2048, 8)]          # block size, rows: the presets' smallest and the paper's
@@ -543,7 +544,9 @@ def test_odd_text_is_kept_and_what_is_no_text_is_named(tok, tmp_path, capsys):
     (tmp_path / "3.png").write_bytes(b"\x89PNG\xff")
     end = "<END_OF_TEXT>"
     assert read(tmp_path, tok) == f"{end}a\0b\ufffdc{end}\r{end}a\0\r\nb\rc\n"
-    assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
+    for _ in "first", "from the cache":
+        Corpus(str(tmp_path), tok)
+        assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
 
 
 def test_a_progress_bar_in_a_file_is_a_few_lines(tmp_path):
@@ -672,10 +675,18 @@ def test_bad_tokenizers_end_in_one_line(content, tmp_path, monkeypatch):
         Tokenizer("gpt2")
 
 
+def test_a_class_that_takes_more_than_its_bound_is_named(tok, corpus, monkeypatch):
+    short = OBJECTIVES["copying"]._replace(positions=lambda n: n)
+    monkeypatch.setitem(OBJECTIVES, "copying", short)
+    arm = next(arm for arm in arms(128) if arm.cls == "copying")
+    with one_line("copying.* takes 66 positions for 32 .* than the 34 of its line in OBJECTIVES"):
+        make_sample(arm, corpus.window("train", 0, 32), np.random.default_rng(0), tok)
+
+
 def test_what_has_no_room_or_no_text_says_so_in_one_line(tok, tmp_path, monkeypatch):
     with one_line("pass --block_size=64 or more"):
         arms(32)
-    with one_line("n_masks=256"):
+    with one_line("n_masks=255.* pass --block_size=2040 or less"):
         Batches(None, Tokenizer("bytes", 255), 2048, 8)
     (tmp_path / "a.txt").write_text("too little")
     with one_line("pass more text as --data"):

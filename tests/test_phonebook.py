@@ -268,7 +268,7 @@ def test_a_run_leaves_results_a_curve_and_a_checkpoint(run):
     assert torch.equal(tuned["embed.weight"][unused], base["embed.weight"][unused])
 
 
-def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys):
+def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys, monkeypatch):
     before = result_of(run)
     main(flags(out_dir=run, resume=True, test_books=4, test_entries=5))     # not today's defaults
     after = result_of(run)
@@ -283,6 +283,9 @@ def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys
     for name, value in (("max_steps", 9), ("preset", "gpu"), ("lr", 0.5), ("question", "after")):
         with pytest.raises(SystemExit, match=f"{name} is .* on the command line; drop --{name}"):
             main(flags(out_dir=run, resume=True, **{name: value}))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="books with other names"):
+        patch.setattr(pb, "QUESTION", "Whose are the numbers of {}, {}?")
+        main(flags(out_dir=run, resume=True))
     with pytest.raises(SystemExit, match="phonebook.pt exists; go on or score it again with"):
         main(flags(**TINY, out_dir=run))
     with pytest.raises(SystemExit, match="there is no checkpoint .*elsewhere/phonebook.pt"):

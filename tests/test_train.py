@@ -24,8 +24,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from model import (IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, answer, errors_in_one_line,
-                   load_checkpoint)
+from model import (IGNORE, LM, MIXERS, RESET_FORWARD, ModelConfig, answer, command_line,
+                   errors_in_one_line, load_checkpoint)
 from objectives import CLASSES, STOP_SIGNALS, Batches, Corpus, Tokenizer, arms, as_prompt
 from scheduler import MIXTURES, Birdie, make_scheduler, reward
 from test_model import EMA
@@ -565,7 +565,7 @@ def test_damage_anywhere_in_a_checkpoint_is_found(finished, tmp_path):
 
 def test_what_is_intact_and_cannot_be_read_is_not_called_damaged(finished, tmp_path, monkeypatch):
     (tmp_path / "ckpt.pt").mkdir()
-    with pytest.raises(ValueError, match="cannot be read here, and may be intact .*directory"):
+    with pytest.raises(ValueError, match="ckpt.pt is a folder; pass a checkpoint"):
         checkpoint(tmp_path)
 
     def short(*_, **__):
@@ -721,9 +721,10 @@ def test_a_run_begins_with_the_weights_of_another_on_other_text(finished, tmp_pa
     assert two["data"] != one["data"] and two["step"] == 1
     assert all(torch.allclose(one["model"][key], two["model"][key], atol=1e-7)
                for key in one["model"])
-    for other in (dict(n_layer=3), dict(tokenizer="bpe2048"), dict(mixture="ntp"),
-                  dict(block_size=128)):
-        with pytest.raises(SystemExit, match="^error: .*(drop|pass --block_size=64)"):
+    for other, why in ((dict(n_layer=3), "drop"), (dict(tokenizer="bpe2048"), "drop"),
+                       (dict(mixture="ntp"), "causal is False .*--mixture=ntp too"),
+                       (dict(block_size=128), "pass --block_size=64")):
+        with pytest.raises(SystemExit, match=f"^error: .*{why}"):
             tiny(tmp_path / "new", __file__, init_from=f"{finished}/ckpt.pt", **other)
     main(flags(out_dir=finished, resume=True))
     assert "it is finished: only its last evaluation is repeated" in capsys.readouterr().out
@@ -769,6 +770,31 @@ def test_a_scheduler_whose_state_cannot_be_read_again_is_refused_at_once(text, t
     with pytest.raises(SystemExit, match="^error: .* a state_dict may hold tensors, .*$"):
         tiny(tmp_path, text, mixture="forgetful")
     assert os.listdir(tmp_path) == ["log.jsonl"] and len(log_of(tmp_path)) == 1
+
+
+def test_what_is_wrong_with_an_added_scheduler_is_said_at_once(text, tmp_path, monkeypatch):
+    class Wrong(TakeTurns):
+        def update(self, step, losses):
+            self.action = 1.2 * self.action
+    monkeypatch.setitem(MIXTURES, "wrong", Wrong)
+    with pytest.raises(SystemExit, match="^error: an action is .* probabilities, not .* sum 1.2$"):
+        tiny(tmp_path, text, mixture="wrong", workers=1)        # before a worker takes it
+
+
+def test_python_in_its_dev_mode_shows_where_an_error_was_raised():
+    command = [os.path.join(ROOT, "model.py"), "--ckpt=nowhere", "--prompt=x"]
+    usual, dev = (subprocess.run([sys.executable, *mode, *command], capture_output=True, text=True)
+                  for mode in ((), ("-X", "dev")))
+    assert usual.stderr.startswith("error: there is no checkpoint nowhere")
+    assert re.search(r"model.py\", line \d+, in load_checkpoint", dev.stderr)
+
+
+def test_a_number_that_is_a_flags_default_makes_it_a_flag_of_numbers():
+    parser, flag = command_line("usage")
+    flag("--n_groups", default=4)
+    assert parser.parse_args(["--n_groups=8"]).n_groups == 8
+    with pytest.raises(SystemExit, match="n_groups: invalid int value: 'x'"):
+        parser.parse_args(["--n_groups=x"])
 
 
 NINTH = """
