@@ -267,8 +267,8 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
     bar.close()
     if not_text:
         (folder / "left_out.txt").write_text(
-            f"text     {len(not_text)} of {len(files)} files are not UTF-8, and are left out from "
-            f"the first such place on, such as {not_text[0]}", errors="backslashreplace")
+            f"text     {len(not_text)} of {len(files)} files are not UTF-8 throughout, and left out "
+            f"from there on, such as {not_text[0]}", "utf-8", "backslashreplace")
     n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
     n = n_train + n_val
     if n < 2:
@@ -346,7 +346,7 @@ class Corpus:
                 folder = cached(self.fingerprint,
                                 lambda folder: tokenise(files, tok, folder, self.dtype))
                 if (left_out := folder / "left_out.txt").exists():
-                    print(left_out.read_text())
+                    print(left_out.read_text("utf-8"))
         except PermissionError as error:
             raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change that, or "
                              f"pass other --data") from None

@@ -546,7 +546,7 @@ def test_odd_text_is_kept_and_what_is_no_text_is_named(tok, tmp_path, capsys):
     assert read(tmp_path, tok) == f"{end}a\0b\ufffdc{end}\r{end}a\0\r\nb\rc\n"
     for _ in "first", "from the cache":
         Corpus(str(tmp_path), tok)
-        assert re.search(r"UTF-8.* left out.*\b3.png", capsys.readouterr().out)
+        assert re.search(r"UTF-8.* left out from.*\b3.png", capsys.readouterr().out)
 
 
 def test_a_progress_bar_in_a_file_is_a_few_lines(tmp_path):
