@@ -267,8 +267,8 @@ def tokenise(files: list[Path], tok: Tokenizer, folder: Path, dtype: str) -> Non
     bar.close()
     if not_text:
         (folder / "left_out.txt").write_text(
-            f"text     {len(not_text)} of {len(files)} files are not UTF-8 throughout, and left out "
-            f"from there on, such as {not_text[0]}", "utf-8", "backslashreplace")
+            f"text     {len(not_text)} of {len(files)} files are not UTF-8 throughout, and left "
+            f"out from there on, such as {not_text[0]}", "utf-8", "backslashreplace")
     n_train, n_val = (os.path.getsize(path) // np.dtype(dtype).itemsize for path in paths)
     n = n_train + n_val
     if n < 2:

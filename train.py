@@ -152,12 +152,13 @@ def parse_args(argv):
         begun["tokenizer"] = saved["tokenizer"]["name"]
         parser.set_defaults(**begun, block_size=8 * saved["tokenizer"]["n_masks"])
     args = parser.parse_args(argv)
-    args.causal = args.causal or args.mixture in CAUSAL_MIXTURES
+    from_mixture = not args.causal and args.mixture in CAUSAL_MIXTURES
+    args.causal = args.causal or from_mixture
     for name, value in begun.items():
         if value != getattr(args, name) and name != "recompute":
             raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
                              f"{getattr(args, name)!r}; drop what changes it"
-                             + f", --mixture={args.mixture} too" * (name == "causal"))
+                             + f", such as --mixture={args.mixture}" * (name == "causal" and from_mixture))
     return args
 
 
