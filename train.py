@@ -152,13 +152,13 @@ def parse_args(argv):
         begun["tokenizer"] = saved["tokenizer"]["name"]
         parser.set_defaults(**begun, block_size=8 * saved["tokenizer"]["n_masks"])
     args = parser.parse_args(argv)
-    from_mixture = not args.causal and args.mixture in CAUSAL_MIXTURES
-    args.causal = args.causal or from_mixture
+    by_mixture = not args.causal and args.mixture in CAUSAL_MIXTURES
+    args.causal = args.causal or by_mixture
     for name, value in begun.items():
         if value != getattr(args, name) and name != "recompute":
+            flag = f"--mixture={args.mixture}" if name == "causal" and by_mixture else f"--{name}"
             raise ValueError(f"{name} is {value!r} in {args.init_from}, and would be "
-                             f"{getattr(args, name)!r}; drop what changes it"
-                             + f", such as --mixture={args.mixture}" * (name == "causal" and from_mixture))
+                             f"{getattr(args, name)!r}; drop {flag}")
     return args
 
 
