@@ -70,7 +70,7 @@ def parse_args(argv):
     """-> settings; of a resumed run those that it was saved with."""
     parser, flag = train.shared_flags("python eval_phonebook.py [--FLAG=VALUE ...], or\n"
                                        "       python eval_phonebook.py book")
-    flag("--ckpt", help="checkpoint of train.py to fine-tune; by default ckpt.pt in out_dir")
+    flag("--ckpt", help="checkpoint to fine-tune, also once more; by default ckpt.pt in out_dir")
     flag("--scratch", default="none", choices=["none", *MIXERS],
          help="instead of a checkpoint, random weights of this architecture: no pretraining")
     flag("--causal", action="store_true", help="with --scratch: no block reads right to left")
@@ -298,8 +298,8 @@ def finetune(model, tok, args, saved, save, stop) -> dict:
 
 
 def load(args, tuned):
-    """-> (model, its Tokenizer, settings and number of steps of its pretraining, what `tuned` holds
-    of a resumed run)."""
+    """-> (model, its Tokenizer, settings and number of steps of its pretraining, and of fine-tuning
+    before this one, what `tuned` holds of a resumed run)."""
     if args.resume:
         model, tokenizer, saved = LM.load(tuned)
         return model, Tokenizer(**tokenizer), saved["pretraining"], saved
@@ -310,10 +310,12 @@ def load(args, tuned):
         tok = Tokenizer(sizes.tokenizer, n_masks=sizes.block_size // 8)
         torch.manual_seed(args.seed)
         return LM(train.model_config(sizes, tok)), tok, {**vars(sizes), "step": 0}, None
-    model, tokenizer, checkpoint = LM.load(args.ckpt)
-    if "config" not in checkpoint:
-        raise ValueError(f"{args.ckpt} is fine-tuned already; pass a checkpoint of train.py")
-    pretraining = {**checkpoint["config"], "step": checkpoint["step"]}
+    model, tokenizer, saved = LM.load(args.ckpt)
+    if "finetuning" in saved:
+        before = {**saved["finetuning"], "step": saved["step"]}
+        pretraining = {**saved["pretraining"], "finetuning": before}
+    else:
+        pretraining = {**saved["config"], "step": saved["step"]}
     return model, Tokenizer(**tokenizer), pretraining, None
 
 
@@ -337,7 +339,8 @@ def finetune_and_score(args, tuned, stop):
     model.to(args.device)
     print(f"model    {pretraining['arch']}{', causal' * model.config.causal}, "
           f"{model.n_parameters():,} parameters, pretraining: {pretraining['mixture']}, "
-          f"{pretraining['step']:,} of {pretraining['max_steps']:,} steps")
+          f"{pretraining['step']:,} of {pretraining['max_steps']:,} steps"
+          + ", and fine-tuned" * ("finetuning" in pretraining))
     print(f"books    {args.entries_min} to {args.entries_max} entries, up to {args.numbers_max} "
           f"numbers asked; tests: {args.test_books} books each of "
           f"{', '.join(map(str, args.test_entries))} entries")

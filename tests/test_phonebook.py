@@ -290,10 +290,19 @@ def test_scored_again_it_is_as_it_was_and_contradictions_are_refused(run, capsys
         main(flags(**TINY, out_dir=run))
     with pytest.raises(SystemExit, match="there is no checkpoint .*elsewhere/phonebook.pt"):
         main(flags(out_dir=run / "elsewhere", resume=True))
-    with pytest.raises(SystemExit, match="is fine-tuned already"):
-        main(flags(**TINY, out_dir=run / "elsewhere", ckpt=run / "phonebook.pt"))
     with pytest.raises(SystemExit, match=r"test_numbers \[1, 2\] are all|test_numbers \[9\]"):
         main(flags(out_dir=run, resume=True, test_numbers=9))
+
+
+def test_what_is_fine_tuned_is_fine_tuned_once_more_and_says_so(run, tmp_path, capsys):
+    main(flags(**{**TINY, "lr": 1e-12}, out_dir=tmp_path, ckpt=run / "phonebook.pt"))
+    assert "fixed, 4 of 4 steps, and fine-tuned\n" in capsys.readouterr().out
+    before, after = result_of(run), result_of(tmp_path)
+    assert after["pretraining"].pop("finetuning") == {**before["config"], "step": 2}
+    assert after["pretraining"] == before["pretraining"]
+    base, once, twice = (LM.load(path)[0].W_head.weight for path in (
+        run / "ckpt.pt", run / "phonebook.pt", tmp_path / "phonebook.pt"))
+    assert torch.allclose(once, twice, atol=1e-9) and not torch.allclose(once, base, atol=1e-9)
 
 
 def test_fine_tuning_stopped_and_resumed_ends_with_the_same_bits(run, tmp_path, monkeypatch):
