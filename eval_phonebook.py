@@ -14,6 +14,8 @@ curve, and the choice of a learning rate) or test. So no name of a test book is 
 
 Run it:  python eval_phonebook.py           fine-tune and score out/ckpt.pt -> out/phonebook.json
          python eval_phonebook.py --resume  go on, or score again what is fine-tuned
+         python eval_phonebook.py --ckpt=out/phonebook.pt --out_dir=two --numbers_max=2
+                                            on from there: two numbers are learnt after one
          python eval_phonebook.py book      one book, its question and its answer
          python eval_phonebook.py --help    every setting
 
